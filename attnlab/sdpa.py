@@ -1,0 +1,376 @@
+"""Softmax backends "sdpa", "flash" and "cudnn": torch's kernels behind our signatures.
+
+Legend: B batch, H heads, T query tokens, S key tokens, D head dim.
+
+torch's own entry point serves the plain calls. What it lacks (a logsumexp with gradients, a causal
+mask aligned bottom right, packed documents on any device) is put together here from the kernels
+beneath it. A causal call with more keys than queries is a non-causal part over the past and a
+square causal part, merged by their logsumexps; the backward hands each part the merged output and
+logsumexp, which is all that a flash backward needs to give that part's share of the gradients.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attnlab import reference
+from attnlab.checks import host_copy
+
+_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    kernel: str = "sdpa",
+) -> Tensor:
+    """Output `[B, H, T, V]`; `kernel` is "sdpa" for torch's choice, "flash" or "cudnn"."""
+    if _is_empty(query, key, value):
+        return reference.softmax_attention(
+            query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale
+        )
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if is_causal and q_len == 1:
+        is_causal = False  # the only query sees every key
+    if is_causal and attn_mask is not None:
+        attn_mask, is_causal = _with_causal(attn_mask, q_len, kv_len), False
+    if is_causal and q_len != kv_len:
+        return softmax_attention_with_lse(
+            query, key, value, is_causal=True, scale=scale, kernel=kernel
+        )[0]
+    call = partial(
+        F.scaled_dot_product_attention,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    if kernel == "sdpa":
+        return call(query, key, value)
+    with sdpa_kernel(_BACKENDS[kernel]):
+        return call(query, key, value)
+
+
+def softmax_attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    kernel: str = "sdpa",
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, T, V]` and logsumexp `[B, H, T]` float32, both with gradients."""
+    if _is_empty(query, key, value):
+        return reference.softmax_attention_with_lse(query, key, value, scale=scale)
+    return _parts(query, key, value, None, None, is_causal, scale, kernel)
+
+
+def softmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    kernel: str = "sdpa",
+) -> Tensor:
+    """Output `[1, H, T, V]`: one call of the kernel a document."""
+    if _is_empty(query, key, value):
+        return query.new_zeros(*query.shape[:3], value.shape[3])
+    return _parts(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, kernel)[0]
+
+
+def flash_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Output `[1, H, T, D]`: all documents in one launch of FlashAttention-2 (CUDA, 16 bits)."""
+    bounds = [x.to(query.device, torch.int32) for x in (cu_seqlens_q, cu_seqlens_k)]
+    longest = [x.shape[2] for x in (query, key)]
+    if not torch.compiler.is_compiling():
+        longest = [int(host_copy(x).diff().max()) for x in (cu_seqlens_q, cu_seqlens_k)]
+    packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, H, D]
+    output = torch.ops.aten._flash_attention_forward(
+        *packed, *bounds, *longest, 0.0, is_causal, False, scale=scale
+    )[0]
+    return output.transpose(0, 1)[None]
+
+
+def _parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    if kernel == "sdpa":
+        kernel = "cpu" if query.device.type == "cpu" else "flash"
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and kernel != "flash":  # FlashAttention alone shares keys by itself
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    return torch.ops.attnlab.softmax_parts(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, kernel
+    )
+
+
+def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return min(query.numel(), key.numel(), value.numel()) == 0
+
+
+def _with_causal(attn_mask: Tensor, q_len: int, kv_len: int) -> Tensor:
+    causal = reference.causal_mask(q_len, kv_len, attn_mask.device)
+    if attn_mask.dtype == torch.bool:
+        return attn_mask & causal
+    return attn_mask.masked_fill(~causal, -torch.inf)
+
+
+Part = tuple[slice, slice, bool]  # queries, keys, whether the part is square and causal
+
+
+def _documents(
+    query: Tensor, key: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, is_causal: bool
+) -> Iterator[list[Part]]:
+    """Parts of each document; all parts of one document have the same queries."""
+    q_bounds = [0, query.shape[2]] if cu_q is None else cu_q.tolist()
+    k_bounds = [0, key.shape[2]] if cu_k is None else cu_k.tolist()
+    for q0, q1, k0, k1 in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False):
+        causal = is_causal and q1 - q0 > 1  # a single query sees every key
+        past = (k1 - k0) - (q1 - q0) if causal else k1 - k0
+        seeing = slice(max(q0, q0 - past), q1)  # queries before the first key see nothing
+        parts: list[Part] = []
+        if past > 0:
+            parts.append((seeing, slice(k0, k0 + past), False))
+        if causal:
+            parts.append((seeing, slice(max(k0, k0 + past), k1), True))
+        yield [p for p in parts if p[0].stop > p[0].start and p[1].stop > p[1].start]
+
+
+@torch.library.custom_op("attnlab::softmax_parts", mutates_args=())
+def _softmax_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    output = query.new_zeros(*query.shape[:3], value.shape[3])
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal):
+        merged: tuple[Tensor, Tensor] | None = None
+        for queries, keys, causal in parts:
+            tensors = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+            new = _kernel_forward(*tensors, causal, scale, kernel)
+            merged = new if merged is None else _merge(*merged, *new)
+        if merged is not None:
+            output[:, :, parts[0][0]], lse[:, :, parts[0][0]] = merged
+    return output, lse
+
+
+@_softmax_parts.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    output = query.new_empty(*query.shape[:3], value.shape[3])
+    return output, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _merge(output: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, from the attention over each."""
+    total = torch.logaddexp(lse, new_lse)
+    weights = torch.exp(lse - total)[..., None], torch.exp(new_lse - total)[..., None]
+    return (output * weights[0] + new * weights[1]).to(output.dtype), total
+
+
+@torch.library.custom_op("attnlab::softmax_parts_backward", mutates_args=())
+def _softmax_parts_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [
+        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+    ]
+    for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal):
+        for queries, keys, causal in parts:
+            rows = [x[:, :, queries] for x in (grad_output, query, output, lse)]
+            part_grad_lse = None if grad_lse is None else grad_lse[:, :, queries]
+            tensors = rows[0], part_grad_lse, rows[1], key[:, :, keys], value[:, :, keys], *rows[2:]
+            dq, dk, dv = _kernel_backward(*tensors, causal, scale, kernel)
+            grads[0][:, :, queries] += dq
+            grads[1][:, :, keys] = dk
+            grads[2][:, :, keys] = dv
+    return grads[0], grads[1], grads[2]
+
+
+@_softmax_parts_backward.register_fake
+def _(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    dq, dk, dv = (torch.empty_like(x, memory_format=contiguous) for x in (query, key, value))
+    return dq, dk, dv
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
+    ctx.flags = inputs[5:]
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(
+    ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    query, key, value, output, lse, cu_q, cu_k = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    grads = torch.ops.attnlab.softmax_parts_backward(
+        grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, *ctx.flags
+    )
+    return *grads, None, None, None, None, None
+
+
+_softmax_parts.register_autograd(_autograd_backward, setup_context=_save_for_backward)
+
+
+def _widen(x: Tensor, dim: int) -> Tensor:
+    return F.pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x
+
+
+def _kernel_forward(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """One call of a torch kernel: output and logsumexp of a square causal or a non-causal part."""
+    dim = -(-max(query.shape[3], value.shape[3]) // 8) * 8  # zeros change neither scores nor sums
+    q, k, v = (_widen(x, dim) for x in (query, key, value))
+    aten = torch.ops.aten
+    if kernel == "cpu":
+        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, scale=scale
+        )
+    elif kernel == "flash":
+        output, lse = aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, False, scale=scale
+        )[:2]
+    else:
+        output, lse = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )[:2]
+    return output[..., : value.shape[3]], lse.view(query.shape[:3])
+
+
+def _kernel_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one part, given the output and logsumexp over all parts.
+
+    A flash backward takes the score's gradient as P (dP - rowsum(dO O)). A gradient of the
+    logsumexp adds P dlse, so it travels as one more value channel: 1 in dO, -dlse in O, 0 in V.
+    """
+    widest = max(query.shape[3], value.shape[3])
+    dim = -(-(widest + (grad_lse is not None)) // 8) * 8
+    q, k, v, o, do = (_widen(x, dim) for x in (query, key, value, output, grad_output))
+    if grad_lse is not None:
+        o, do = o.clone(), do.clone()
+        o[..., widest], do[..., widest] = -grad_lse.to(o.dtype), 1.0
+    call = _BACKWARD[kernel]
+    dq, dk, dv = call(do.contiguous(), q, k, v, o.contiguous(), lse.contiguous(), causal, scale)
+    k_dim, v_dim = query.shape[3], value.shape[3]
+    return dq[..., :k_dim], dk[..., :k_dim], dv[..., :v_dim]
+
+
+def _cpu_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, q, k, v, o, lse, 0.0, causal, scale=scale
+    )
+
+
+def _flash_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+    lengths = None, None, q.shape[2], k.shape[2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        do, q, k, v, o, lse, *lengths, 0.0, causal, unused, unused, scale=scale
+    )
+
+
+def _cudnn_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    unused = torch.empty(0, dtype=torch.int64, device=q.device)
+    lengths = None, None, q.shape[2], k.shape[2]
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        do, q, k, v, o, lse[..., None], unused, unused, None, *lengths, 0.0, causal, scale=scale
+    )
+
+
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "cpu": _cpu_backward,
+    "flash": _flash_backward,
+    "cudnn": _cudnn_backward,
+}
