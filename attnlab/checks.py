@@ -25,9 +25,9 @@ def host_copy(tensor: Tensor) -> Tensor:
     found = _host_copies.get(id(tensor))
     if found is not None and found[0]() is tensor and found[1] == tensor._version:
         return found[2]
-    forget = weakref.ref(tensor, lambda _, key=id(tensor): _host_copies.pop(key, None))
-    copy = tensor.detach().cpu()
-    _host_copies[id(tensor)] = (forget, tensor._version, copy)
+    copy, key = tensor.detach().cpu(), id(tensor)
+    alive = weakref.ref(tensor, lambda _: _host_copies.pop(key, None))
+    _host_copies[key] = (alive, tensor._version, copy)
     return copy
 
 

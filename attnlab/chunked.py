@@ -12,6 +12,7 @@ For the backward the forward keeps one state a segment; the rest is recomputed, 
 Arithmetic and state are float32 (float64 for float64 inputs). Varlen calls loop over documents.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class _Segment:
 def _segments(bounds: list[int], rows: int, device: str) -> Iterator[_Segment]:
     """Cut each document into full segments, a shorter one, and the tokens left over."""
     group = max(1, _CHUNKS_IN_CACHE.get(device, 32) // rows)
-    for document, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for document, (begin, end) in enumerate(itertools.pairwise(bounds)):
         whole = begin + (end - begin) // CHUNK * CHUNK
         for start in range(begin, whole, group * CHUNK):
             stop = min(start + group * CHUNK, whole)

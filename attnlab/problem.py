@@ -5,6 +5,7 @@ backend's limits, a test's shape and a row's share of the limit can't drift apar
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Problem:
     num_documents: int = 1
 
     @classmethod
-    def of(cls, op: str, query: Tensor, key: Tensor, value: Tensor, **flags) -> "Problem":
+    def of(cls, op: str, query: Tensor, key: Tensor, value: Tensor, **flags: Any) -> "Problem":
         """Describe the call of `op` on `[B, H, T, D]` tensors."""
         tracked = torch.is_grad_enabled()
         return cls(

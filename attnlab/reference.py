@@ -10,6 +10,8 @@ below writes out with all T x T scores. Its sums run over T at once, so it works
 inputs of any precision; everything else here works in float32, or in float64 for float64 inputs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -171,7 +173,7 @@ def softmax_attention_with_lse(
     return (weights @ v).to(query.dtype), lse.masked_fill(blind, -torch.inf).squeeze(-1)
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, **flags) -> Tensor:
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, **flags: Any) -> Tensor:
     """Output of `softmax_attention_with_lse` alone."""
     return softmax_attention_with_lse(query, key, value, **flags)[0]
 

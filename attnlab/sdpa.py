@@ -235,10 +235,10 @@ def _softmax_parts_backward(
     ]
     for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal):
         for queries, keys, causal in parts:
-            rows = [x[:, :, queries] for x in (grad_output, query, output, lse)]
-            part_grad_lse = None if grad_lse is None else grad_lse[:, :, queries]
-            tensors = rows[0], part_grad_lse, rows[1], key[:, :, keys], value[:, :, keys], *rows[2:]
-            dq, dk, dv = _kernel_backward(*tensors, causal, scale, kernel)
+            do, q, o, total = (x[:, :, queries] for x in (grad_output, query, output, lse))
+            dl = None if grad_lse is None else grad_lse[:, :, queries]
+            k, v = key[:, :, keys], value[:, :, keys]
+            dq, dk, dv = _kernel_backward(do, dl, q, k, v, o, total, causal, scale, kernel)
             grads[0][:, :, queries] += dq
             grads[1][:, :, keys] = dk
             grads[2][:, :, keys] = dv

@@ -7,7 +7,9 @@ author of a backend elsewhere can use it.
 Legend: B batch, H heads, T tokens, K key dim, V value dim, C = 64 tokens a chunk.
 """
 
-from dataclasses import dataclass, fields
+import itertools
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,8 @@ class Inputs:
     def to(self, dtype: torch.dtype) -> "Inputs":
         """The same call with all tensors in `dtype`."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Inputs(**{n: None if x is None else x.to(dtype) for n, x in tensors.items()})
+        present = {n: x.to(dtype) for n, x in tensors.items() if x is not None}
+        return replace(self, **present)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,12 @@ def assert_as_accurate(
     return found
 
 
+def _present(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise ValueError("expected inputs with decay and gradients, got None")
+    return x
+
+
 def _max(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
@@ -166,22 +175,25 @@ def run_lightning(
     for name in names:
         if name in tensors:
             tensors[name].requires_grad_()
-    flags = {
+    flags: dict[str, Any] = {
         "scale": scale,
         "initial_state": tensors.get("initial_state"),
         "return_final_state": True,
         "backend": backend,
         "precision": precision,
     }
-    args = [tensors[n] for n in ("query", "key", "value", "log_decay")]
+    query, key, value, log_decay = (tensors[n] for n in ("query", "key", "value", "log_decay"))
     if cu_seqlens is None:
-        output, state = functional.lightning_attention(*args, **flags)
+        result = functional.lightning_attention(query, key, value, log_decay, **flags)
     else:
-        output, state = functional.lightning_attention_varlen(*args, cu_seqlens, **flags)
+        result = functional.lightning_attention_varlen(
+            query, key, value, log_decay, cu_seqlens, **flags
+        )
+    output, state = result
+    assert state is not None
     tracked = [n for n in names if n in tensors]
-    grads = torch.autograd.grad(
-        (output, state), [tensors[n] for n in tracked], (inputs.grad_output, inputs.grad_state)
-    )
+    flowing = _present(inputs.grad_output), _present(inputs.grad_state)
+    grads = torch.autograd.grad((output, state), [tensors[n] for n in tracked], flowing)
     results = {"output": output.detach(), "final_state": state.detach()}
     return results | {f"grad_{n}": g for n, g in zip(tracked, grads, strict=True)}
 
@@ -197,10 +209,12 @@ def lightning_baseline(
     """
     bounds = [0, inputs.query.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
     pieces: list[Results] = []
-    for n, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
         own = slice(n, n + 1) if cu_seqlens is not None else slice(None)
         part = Inputs(
-            *(x[:, :, start:stop] for x in (inputs.query, inputs.key, inputs.value)),
+            inputs.query[:, :, start:stop],
+            inputs.key[:, :, start:stop],
+            inputs.value[:, :, start:stop],
             inputs.log_decay,
             None if inputs.initial_state is None else inputs.initial_state[own],
             None if inputs.grad_output is None else inputs.grad_output[:, :, start:stop],
@@ -214,8 +228,7 @@ def lightning_baseline(
 def _baseline_of_document(inputs: Inputs, scale: float) -> Results:
     dtype = inputs.query.dtype
     q, k, v = inputs.query.float(), inputs.key.float(), inputs.value.float()
-    g = inputs.log_decay
-    assert g is not None
+    g = _present(inputs.log_decay)
     state = inputs.initial_state
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[1], q.shape[3], v.shape[3])
@@ -271,7 +284,7 @@ def baseline_scan(
     return torch.cat(outputs, 2), state
 
 
-def softmax_oracle(inputs: Inputs, **flags: object) -> Results:
+def softmax_oracle(inputs: Inputs, **flags: Any) -> Results:
     """Output, logsumexp and gradients of the definition in float64."""
     return run_softmax(inputs.to(torch.float64), **flags)
 
@@ -289,7 +302,7 @@ def run_softmax(
     from attnlab import functional
 
     q, k, v = (x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value))
-    flags = {
+    flags: dict[str, Any] = {
         "attn_mask": attn_mask,
         "is_causal": is_causal,
         "scale": scale,
@@ -300,11 +313,11 @@ def run_softmax(
         output, lse = functional.softmax_attention_with_lse(q, k, v, **flags)
         # Its gradient is that of a sum over the rows that see a key.
         seen = torch.isfinite(lse)
-        loss = (output * inputs.grad_output).sum() + lse.masked_fill(~seen, 0.0).sum()
+        loss = (output * _present(inputs.grad_output)).sum() + lse.masked_fill(~seen, 0.0).sum()
         results = {"output": output.detach(), "lse": lse.detach()}
     else:
         output = functional.softmax_attention(q, k, v, **flags)
-        loss = (output * inputs.grad_output).sum()
+        loss = (output * _present(inputs.grad_output)).sum()
         results = {"output": output.detach()}
     dq, dk, dv = torch.autograd.grad(loss, (q, k, v))
     return results | {"grad_query": dq, "grad_key": dk, "grad_value": dv}
@@ -325,8 +338,7 @@ def softmax_baseline(
         return x.to(dtype).float()
 
     groups = inputs.query.shape[1] // inputs.key.shape[1]
-    q, do = inputs.query.float(), inputs.grad_output
-    assert do is not None
+    q, do = inputs.query.float(), _present(inputs.grad_output)
     k, v = (x.float().repeat_interleave(groups, 1) for x in (inputs.key, inputs.value))
     factor = q.shape[3] ** -0.5 if scale is None else scale
     scores = _scores(q, k, factor, attn_mask, is_causal)

@@ -28,28 +28,25 @@ MODULES = {
 
 
 def pairwise(**axes):
-    """Few cases in which every pair of values of two axes occurs."""
-    names = list(axes)
+    """Few cases in which every pair of values of two axes occurs, found greedily."""
+
+    def pairs_of(case):
+        ordered = [(name, case[name]) for name in axes if name in case]
+        return set(itertools.combinations(ordered, 2))
+
+    every = [[(name, value) for value in values] for name, values in axes.items()]
     missing = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(names, 2)
-        for x in axes[a]
-        for y in axes[b]
+        pair for a, b in itertools.combinations(every, 2) for pair in itertools.product(a, b)
     }
     cases = []
     while missing:
         case = dict(min(missing, key=repr))
-        for name in names:
+        for name, values in axes.items():
             if name not in case:
-
-                def covers(value, name=name, case=case):
-                    trial = case | {name: value}
-                    return sum(pair in missing for pair in itertools.combinations(trial.items(), 2))
-
-                case[name] = max(axes[name], key=covers)
-        ordered = [(n, case[n]) for n in names]
-        missing -= set(itertools.combinations(ordered, 2))
-        cases.append(dict(ordered))
+                gains = [len(missing & pairs_of(case | {name: value})) for value in values]
+                case[name] = values[gains.index(max(gains))]
+        missing -= pairs_of(case)
+        cases.append({name: case[name] for name in axes})
     return cases
 
 
