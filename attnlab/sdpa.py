@@ -55,6 +55,11 @@ def softmax_attention(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    if kernel == "sdpa" and _loses_gradients(query, key, value):
+        wide = query.float(), key.float(), value.float()
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.float()
+        return call(*wide, attn_mask=attn_mask).to(query.dtype)
     if kernel == "sdpa":
         return call(query, key, value)
     with sdpa_kernel(_BACKENDS[kernel]):
@@ -139,6 +144,12 @@ def _parts(
 
 def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return min(query.numel(), key.numel(), value.numel()) == 0
+
+
+def _loses_gradients(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """torch's CPU backward adds up dk and dv in the inputs' 16 bits: their error grows with T."""
+    tracked = query.requires_grad or key.requires_grad or value.requires_grad
+    return query.device.type == "cpu" and query.dtype.itemsize == 2 and tracked
 
 
 def _with_causal(attn_mask: Tensor, q_len: int, kv_len: int) -> Tensor:
@@ -230,19 +241,20 @@ def _softmax_parts_backward(
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [
-        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
-    ]
+    contiguous = torch.contiguous_format
+    grad_key, grad_value = (torch.zeros_like(x, memory_format=contiguous) for x in (key, value))
+    # A query's gradient is a sum over the parts, so it is rounded only at the end.
+    grad_query = torch.zeros_like(query, memory_format=contiguous, dtype=torch.float32)
     for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal):
         for queries, keys, causal in parts:
             do, q, o, total = (x[:, :, queries] for x in (grad_output, query, output, lse))
             dl = None if grad_lse is None else grad_lse[:, :, queries]
             k, v = key[:, :, keys], value[:, :, keys]
             dq, dk, dv = _kernel_backward(do, dl, q, k, v, o, total, causal, scale, kernel)
-            grads[0][:, :, queries] += dq
-            grads[1][:, :, keys] = dk
-            grads[2][:, :, keys] = dv
-    return grads[0], grads[1], grads[2]
+            grad_query[:, :, queries] += dq
+            grad_key[:, :, keys] = dk
+            grad_value[:, :, keys] = dv
+    return grad_query.to(query.dtype), grad_key, grad_value
 
 
 @_softmax_parts_backward.register_fake
@@ -344,9 +356,11 @@ def _kernel_backward(
 def _cpu_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        do, q, k, v, o, lse, 0.0, causal, scale=scale
+    wide = (x.float() if x.dtype.itemsize == 2 else x for x in (do, q, k, v, o))
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *wide, lse, 0.0, causal, scale=scale
     )
+    return grads
 
 
 def _flash_backward(
