@@ -157,7 +157,8 @@ def _forward(
     ws = _Workspace(query, log_decay)
     output, final_state, saved = _outputs(query, value, initial_state, len(bounds) - 1, save_states)
     carry = final_state  # `[N or B, H, K, V]`; each document updates its rows until they are final
-    for index, s in enumerate(_segments(bounds, ws.rows, query.device.type)):
+    segments = list(_segments(bounds, ws.rows, query.device.type))
+    for index, s in enumerate(segments):
         state = _document_state(carry, s.document, bounds)  # [R, K, V]
         if save_states:
             saved[index] = state
@@ -172,6 +173,7 @@ def _forward(
             o.mul_(scale)
         ws.store(output, o, s)
         state.copy_(states[-1])
+    saved[len(segments) :] = 0  # their number is bounded, not known, beforehand
     return output, final_state, saved
 
 

@@ -36,4 +36,4 @@ def decay_horizon(log_decay: Tensor, remaining: float = 2.0**-24) -> Tensor:
 
     The default, float32's rounding, gives 16.6 / slope tokens.
     """
-    return torch.log(torch.tensor(remaining, dtype=torch.float64)) / log_decay.double()
+    return -torch.log(torch.tensor(remaining, dtype=torch.float64)) / log_decay.double().abs()

@@ -192,7 +192,8 @@ def _softmax_parts(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     output = query.new_zeros(*query.shape[:3], value.shape[3])
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=wide)
     for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal):
         merged: tuple[Tensor, Tensor] | None = None
         for queries, keys, causal in parts:
@@ -216,7 +217,8 @@ def _(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     output = query.new_empty(*query.shape[:3], value.shape[3])
-    return output, query.new_empty(query.shape[:3], dtype=torch.float32)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return output, query.new_empty(query.shape[:3], dtype=wide)
 
 
 def _merge(output: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +246,7 @@ def _softmax_parts_backward(
     contiguous = torch.contiguous_format
     grad_key, grad_value = (torch.zeros_like(x, memory_format=contiguous) for x in (key, value))
     # A query's gradient is a sum over the parts, so it is rounded only at the end.
-    grad_query = torch.zeros_like(query, memory_format=contiguous, dtype=torch.float32)
+    grad_query = torch.zeros_like(query, memory_format=contiguous, dtype=lse.dtype)
     for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal):
         for queries, keys, causal in parts:
             do, q, o, total = (x[:, :, queries] for x in (grad_output, query, output, lse))

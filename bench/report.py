@@ -6,7 +6,6 @@ Writes figures/*.png, rows.csv, rows.parquet, summary.md and report.html beside 
 import csv
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -1,16 +1,8 @@
 """The charts and the report of a run, on rows made up here: what is measured, what is predicted."""
 
-import base64
-import csv
-import json
 import math
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 
 LENGTHS = [2**power for power in range(10, 23)]
 PASS_FACTOR = {"fwd": 1.0, "fwd+bwd": 3.4}
@@ -27,7 +19,9 @@ COSTS = {
 BYTES_PER_TOKEN = 4 * 16 * 128 * 2
 
 
-def make_row(op: str, backend: str, pass_name: str, q_len: int, status: str = "ok", **fields) -> dict:
+def make_row(
+    op: str, backend: str, pass_name: str, q_len: int, status: str = "ok", **fields
+) -> dict:
     """A row of the schema with everything that is not measured."""
     row = {
         "schema": 1, "run_id": "made-up", "ts_utc": "2026-01-01T00:00:00Z",
@@ -63,8 +57,12 @@ def ops_row(op: str, backend: str, pass_name: str, q_len: int, rng: np.random.Ge
     guess = {"pred_ms": 1.1 * ms, "pred_bytes": round(num_bytes)}
     if q_len > last:
         first = q_len == 2 * last
-        status = "skipped_dominated" if not first else "out_of_memory" if naive else "skipped_budget"
-        reason = f"predicted {ms:.0f} ms, the budget is 500 ms" if first else "a shorter one was skipped"
+        status = (
+            "skipped_dominated" if not first else "out_of_memory" if naive else "skipped_budget"
+        )
+        reason = (
+            f"predicted {ms:.0f} ms, the budget is 500 ms" if first else "a shorter one was skipped"
+        )
         return make_row(op, backend, pass_name, q_len, status, reason=reason, **guess)
     floor = factor * (token / 3 * q_len if op == "lightning" else pair / 1.6 * q_len**2)
     limit = "memory" if op == "lightning" or q_len < 2048 else "compute"

@@ -1,0 +1,202 @@
+"""What a point runs: its inputs, the call that is timed, what it needs, and its accuracy check."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnlab import functional, reference
+from attnlab.decay import minimax_log_decay
+from attnlab.problem import Problem
+from attnlab.testing import Inputs, accuracy, baseline_scan, softmax_baseline, softmax_oracle
+from bench.gate import Verdict, check_lightning, check_softmax
+from bench.inputs import Source
+from bench.rows import Point
+
+PASSES = ("fwd", "bwd", "fwd+bwd", "decode")
+OPS = {
+    "lightning": {"decode": "lightning_decode_", None: "lightning_attention"},
+    "softmax": {"decode": "softmax_attention", None: "softmax_attention"},
+}
+# Float32 copies of the scores that the materialised form holds at once: forward, with gradients.
+SCORES_HELD = {"fwd": 3, "bwd": 6, "fwd+bwd": 6}
+STATE_TOKENS = 4096  # context that a decode state is made from: older tokens have decayed
+
+
+def problem_of(point: Point, device: str) -> Problem:
+    """The point as a call of its op."""
+    decode = point.pass_ == "decode"
+    op = OPS[point.op].get(point.pass_, OPS[point.op][None])
+    return Problem(
+        op=op,
+        batch=point.batch,
+        heads=point.heads,
+        kv_heads=point.kv_heads,
+        q_len=1 if decode else point.q_len,
+        kv_len=1 if decode and point.op == "lightning" else point.q_len,
+        key_dim=point.head_dim,
+        value_dim=point.value_dim,
+        dtype=getattr(torch, point.dtype),
+        device=device,
+        requires_grad=point.pass_ in ("bwd", "fwd+bwd"),
+        is_causal=True,
+        precision=point.precision,
+    )
+
+
+def needed_bytes(point: Point) -> int:
+    """Closed form of a point's peak memory: tensors in and out, and scores where materialised."""
+    itemsize = getattr(torch, point.dtype).itemsize
+    query = point.batch * point.heads * point.q_len
+    kv = point.batch * point.kv_heads * point.q_len * (point.head_dim + point.value_dim)
+    if point.pass_ == "decode":
+        state = 4 * point.batch * point.heads * point.head_dim * point.value_dim
+        return state if point.op == "lightning" else kv * itemsize
+    tensors = query * (point.head_dim + point.value_dim) + kv
+    if point.pass_ != "fwd":
+        tensors *= 2
+    scores = 0
+    if point.backend == "reference":
+        scores = SCORES_HELD[point.pass_] * query * point.q_len
+        scores *= 8 if point.op == "lightning" else max(4, itemsize)
+    return tensors * itemsize + scores
+
+
+@dataclass
+class Call:
+    """A point made ready: `run` is what is timed, `check` judges what it computes."""
+
+    run: Callable[[], object]
+    check: Callable[[], Verdict]
+    input_bytes: int
+
+
+def prepare(point: Point, source: Source, device: str) -> Call:
+    """Make the inputs of a point on the device, and the call on them."""
+    if point.pass_ == "decode":
+        return (
+            _lightning_decode(point, source, device)
+            if point.op == "lightning"
+            else (_softmax_decode(point, source, device))
+        )
+    names = ("query", "key", "value", "grad_output")[: 3 if point.pass_ == "fwd" else 4]
+    shapes = {"key": point.kv_heads, "value": point.kv_heads}
+    tensors = [_tensor(n, shapes.get(n, point.heads), point, source, device) for n in names]
+    inputs = Inputs(*tensors[:3], grad_output=tensors[3] if len(tensors) == 4 else None)
+    inputs = replace(inputs, log_decay=_log_decay(point, device))
+    forward = _forward(point, inputs)
+    check = check_lightning if point.op == "lightning" else check_softmax
+    if point.pass_ == "fwd":
+        return Call(forward, lambda: check(inputs, {"output": forward()}), _bytes(*tensors))
+    leaves = inputs.query, inputs.key, inputs.value
+    for x in leaves:
+        x.requires_grad_()
+
+    def backward(output: Tensor, keep: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, leaves, inputs.grad_output, retain_graph=keep)
+
+    def checked() -> Verdict:
+        output = forward()
+        names = ("grad_query", "grad_key", "grad_value")
+        results = dict(zip(names, backward(output), strict=True))
+        with torch.no_grad():
+            plain = Inputs(*(x.detach() for x in leaves), inputs.log_decay)
+            plain = replace(plain, grad_output=inputs.grad_output)
+        return check(plain, results | {"output": output.detach()})
+
+    if point.pass_ == "fwd+bwd":
+        return Call(lambda: backward(forward()), checked, _bytes(*tensors))
+    # The graph that is walked again and again is made at the first run, after the check.
+    graph: list[Tensor] = []
+
+    def backward_alone() -> tuple[Tensor, ...]:
+        if not graph:
+            graph.append(forward())
+        return backward(graph[0], keep=True)
+
+    return Call(backward_alone, checked, _bytes(*tensors))
+
+
+def _tensor(name: str, heads: int, point: Point, source: Source, device: str) -> Tensor:
+    dim = point.value_dim if name in ("value", "grad_output") else point.head_dim
+    shape = (point.batch, heads, point.q_len, dim)
+    return source.tensors((name,), shape, getattr(torch, point.dtype), device)[0]
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _log_decay(point: Point, device: str) -> Tensor | None:
+    if point.op == "softmax":
+        return None
+    layer, num_layers = (int(x) for x in point.layer.split("/"))
+    return minimax_log_decay(point.heads, layer, num_layers).to(device)
+
+
+def _forward(point: Point, inputs: Inputs) -> Callable[[], Tensor]:
+    q, k, v = inputs.query, inputs.key, inputs.value
+    if point.op == "lightning":
+        flags = {"backend": point.backend, "precision": point.precision}
+        return lambda: functional.lightning_attention(q, k, v, inputs.log_decay, **flags).output
+    grouped = point.heads != point.kv_heads
+    return lambda: functional.softmax_attention(
+        q, k, v, is_causal=True, enable_gqa=grouped, backend=point.backend
+    )
+
+
+def _lightning_decode(point: Point, source: Source, device: str) -> Call:
+    context = replace(point, q_len=min(point.q_len, STATE_TOKENS))
+    q, k, v = (_tensor(n, point.heads, context, source, device) for n in ("query", "key", "value"))
+    g = _log_decay(point, device)
+    state = reference.lightning_state(k, v, g)
+    step = [x[:, :, -1:].contiguous() for x in (q, k, v)]
+    del q, k, v
+    flags = {"backend": point.backend, "precision": point.precision}
+
+    def run() -> Tensor:
+        return functional.lightning_decode_(*step, g, state, **flags)
+
+    def check() -> Verdict:
+        before = state.clone()
+        output = run()
+        wide = [x.double() for x in (*step, g)]
+        oracle = reference.lightning_recurrence(*wide, initial_state=before.double())
+        plain = baseline_scan(*(x.float() for x in step), g, before, step[0].dtype)
+        pairs = {
+            "output": accuracy(output, oracle[0], plain[0].to(output.dtype)),
+            "state": accuracy(state, oracle[1], plain[1]),
+        }
+        return Verdict.of(pairs)
+
+    return Call(run, check, _bytes(*step, state))
+
+
+def _softmax_decode(point: Point, source: Source, device: str) -> Call:
+    k, v = (_tensor(n, point.kv_heads, point, source, device) for n in ("key", "value"))
+    q = _tensor("query", point.heads, replace(point, q_len=1), source, device)
+    grouped = point.heads != point.kv_heads
+
+    def run() -> Tensor:
+        return functional.softmax_attention(
+            q, k, v, is_causal=True, enable_gqa=grouped, backend=point.backend
+        )
+
+    def check() -> Verdict:
+        part = Inputs(
+            q, k, v, grad_output=torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[3])
+        )
+        oracle = softmax_oracle(part, is_causal=True)["output"]
+        baseline = softmax_baseline(part, is_causal=True)["output"]
+        return Verdict.of({"output": accuracy(run(), oracle, baseline)})
+
+    return Call(run, check, _bytes(q, k, v))
+
+
+def release_memory(device: str) -> None:
+    """Give back what earlier points left."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,161 @@
+"""What a sweep measures, in which order, and what it may leave out because it would not fit."""
+
+import hashlib
+import importlib.util
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import attnlab
+from attnlab import registry
+from attnlab.decay import minimax_log_decay
+from bench import calls
+from bench.rows import Point, Row
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {
+    "torch": ["attnlab/chunked.py", "attnlab/reference.py"],
+    "reference": ["attnlab/reference.py"],
+    "sdpa": ["attnlab/sdpa.py"],
+    "flash": ["attnlab/sdpa.py"],
+    "cudnn": ["attnlab/sdpa.py"],
+    "fla": ["attnlab/fla.py"],
+    "triton": ["kernels_triton", "attnlab/planner.py"],
+    "cuda": ["kernels_cuda", "attnlab/planner.py"],
+}
+MARGIN = 1.3  # a prediction may be this much too low
+FIRST_SHARE = 0.05  # share of the limit assumed where nothing has been measured yet
+MEMORY_SHARE = 0.9  # of the free memory that a point may take
+RATIO_FROM_BYTES = 1 << 27  # below, a CPU's resident set says little about one call
+
+
+def parse_length(text: str) -> int:
+    """Tokens of "64K", "4M" (binary multiples) or "1048576".
+
+    Raises:
+        ValueError: for anything else, and for 0.
+    """
+    match = re.fullmatch(r"(\d+)([KMkm]?)", text.strip())
+    tokens = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()] if match else 0
+    if tokens < 1:
+        raise ValueError(f"expected a length such as 64K, 4M or 1048576, got {text!r}")
+    return tokens
+
+
+def lengths(shortest: int, longest: int) -> list[int]:
+    """Doublings of `shortest` up to `longest`."""
+    if shortest > longest:
+        raise ValueError(f"expected --min-len <= --max-len, got {shortest} > {longest}")
+    return [shortest << n for n in range((longest // shortest).bit_length())]
+
+
+def check_layer(text: str) -> None:
+    """Raise `ValueError` unless the text names a layer whose slopes can be had, as "0/80"."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match:
+        raise ValueError(f"expected a layer such as 0/80, got {text!r}")
+    minimax_log_decay(1, int(match[1]), int(match[2]))
+
+
+def choose_backends(op: str, names: list[str] | None, template: Point) -> list[str]:
+    """Backends of an op: those named, or all that run here.
+
+    Without names, lightning's "reference" is left out: its mask form is quadratic by design, and
+    the naive softmax beside it shows that wall already.
+    """
+    known = attnlab.list_backends(calls.OPS[op][None])
+    if names is not None:
+        return [n for n in known if n in names]
+    device = "cpu" if template.device == "cpu" else "cuda"
+    problem = calls.problem_of(template, device)
+    runs = [n for n in known if registry.why_not(problem.op, n, problem) is None]
+    return [n for n in runs if (op, n) != ("lightning", "reference")]
+
+
+def shuffled(points: list[Point], seed: int) -> list[Point]:
+    """The points of one length in a seeded order, so that no backend always comes first."""
+    order = list(points)
+    random.Random(seed * 1_000_003 + points[0].q_len).shuffle(order)
+    return order
+
+
+def fingerprint(backend: str) -> str:
+    """Hash of the sources that a backend runs: a changed kernel is another point."""
+    digest = hashlib.sha256()
+    for name in SOURCES.get(backend, []):
+        path = ROOT / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in (f for f in files if f.suffix in (".py", ".cu", ".cuh")):
+            digest.update(file.read_bytes())
+    if backend == "fla" and (spec := importlib.util.find_spec("fla")):
+        digest.update(str(spec.origin).encode())
+    return digest.hexdigest()[:12]
+
+
+@dataclass
+class Predictor:
+    """Predicts a point's time and memory from the last shorter one measured, and decides on it."""
+
+    floors: dict[str, object]  # dtype -> timing.Ceilings
+    last_ok: dict[tuple, tuple[Point, Row]] = field(default_factory=dict)
+    wall: dict[tuple, Row] = field(default_factory=dict)  # series that ran out of memory
+
+    def learn(self, point: Point, row: Row) -> None:
+        """Take note of a finished point."""
+        series = self._series(point)
+        if row["status"] == "ok":
+            self.last_ok[series] = point, row
+        elif row["status"] in ("out_of_memory", "skipped_dominated"):
+            self.wall[series] = row
+
+    def predict(self, point: Point) -> tuple[float, int]:
+        """Milliseconds and bytes: the last measured point's, times the ratio of counted work."""
+        flops, num_bytes = _work(point)
+        needed = calls.needed_bytes(point)
+        if self._series(point) not in self.last_ok:
+            floor_ms, _ = self.floors[point.dtype].floor_ms(flops, num_bytes)
+            return 1.0 + floor_ms / FIRST_SHARE, needed
+        before, row = self.last_ok[self._series(point)]
+        flops_before, bytes_before = _work(before)
+        by_memory = row.get("limit") == "memory"
+        ratio = num_bytes / bytes_before if by_memory else flops / flops_before
+        peak, needed_before = row.get("peak_bytes"), calls.needed_bytes(before)
+        if peak and needed_before >= RATIO_FROM_BYTES:
+            needed = int(needed * max(1.0, peak / needed_before))
+        return row["ms_median"] * max(1.0, ratio), needed
+
+    def skip(
+        self, point: Point, *, free_bytes: int, point_budget_s: float, left_s: float
+    ) -> Row | None:
+        """Status and reason if the point should not run, with the predictions; None if it may."""
+        pred_ms, pred_bytes = self.predict(point)
+        predicted = {"pred_ms": pred_ms, "pred_bytes": pred_bytes}
+        wall = self.wall.get(self._series(point))
+        if wall is not None:
+            reason = f"out of memory at {wall['q_len']} tokens already"
+            return predicted | {"status": "skipped_dominated", "reason": reason}
+        if pred_bytes > MEMORY_SHARE * free_bytes:
+            reason = (
+                f"would take {pred_bytes / 2**30:.1f} GiB, "
+                f"{MEMORY_SHARE:.0%} of the {free_bytes / 2**30:.1f} GiB free is allowed"
+            )
+            return predicted | {"status": "skipped_memory", "reason": reason}
+        # A point runs at least twice: once to be checked, once to be timed.
+        cost_s = 2 * MARGIN * pred_ms / 1e3
+        budget_s = min(point_budget_s, left_s)
+        if cost_s > budget_s:
+            whose = "point" if point_budget_s <= left_s else "remaining"
+            reason = f"would take {cost_s:.3g} s, the {whose} budget is {max(0.0, budget_s):.3g} s"
+            return predicted | {"status": "skipped_budget", "reason": reason}
+        return None
+
+    @staticmethod
+    def _series(point: Point) -> tuple:
+        return point.op, point.backend, point.pass_
+
+
+def _work(point: Point) -> tuple[int, int]:
+    problem = calls.problem_of(point, "cpu")
+    counted = "fwd" if point.pass_ == "decode" else point.pass_
+    return problem.flops(counted), problem.min_bytes(counted)

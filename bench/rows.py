@@ -1,0 +1,110 @@
+"""Rows of measurements on disk: one JSON object a line, appended so that a killed run loses none.
+
+The fields are described in results/README.md.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What is measured: the fields that, with the fingerprint of the sources, make a row's key."""
+
+    suite: str
+    op: str
+    backend: str
+    pass_: str
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    device: str
+    layer: str
+    precision: str
+    input: str
+    model: str | None = None
+
+    def fields(self) -> Row:
+        """The point's fields under the names they have in a row."""
+        return {name.rstrip("_"): value for name, value in asdict(self).items()}
+
+    def key(self, fingerprint: str) -> str:
+        """Identity of the point, given the sources that it runs."""
+        text = json.dumps([self.fields(), fingerprint], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add one row and see it to the disk before returning."""
+    line = json.dumps(row, allow_nan=False, separators=(",", ":"))
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def mend_last_line(path: Path) -> None:
+    """Cut off a last line that a killed run left without its end."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        _notice(path)
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Rows of a file, of several with one key the last, in the order of first appearance.
+
+    A half-written last line is dropped with a notice on stderr.
+
+    Raises:
+        ValueError: if the file can't be read, or any other line is not a row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise ValueError(
+            f"expected a readable results file, got {path}: {error.strerror}"
+        ) from None
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):  # no newline after it
+                _notice(path)
+                break
+            raise ValueError(
+                f"expected a JSON row in {path}, got line {number}: {line[:60]!r}"
+            ) from None
+        if not isinstance(row, dict) or not {"key", "status", "op"} <= row.keys():
+            raise ValueError(
+                f"expected a row with key, status and op in {path}, got line {number}: {line[:60]!r}"
+            )
+        rows[row["key"]] = row
+    return list(rows.values())
+
+
+def write_json(path: Path, content: Row) -> None:
+    """Replace a JSON file in one step."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _notice(path: Path) -> None:
+    print(f"notice: dropped a half-written last line of {path}", file=sys.stderr)

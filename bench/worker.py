@@ -1,0 +1,286 @@
+"""A process that measures the points of one backend, so that its crash costs one row.
+
+The sweep sends points through a pipe and gets back the measured fields of a row.
+"""
+
+import itertools
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnlab.registry import why_not
+from bench import calls, timing
+from bench.inputs import Source
+from bench.rows import Point, Row
+
+WARM_UP_LEN = 256
+PROFILED_BELOW = 1 << 27
+PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "flash-linear-attention")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One point to measure: with what inputs, against which ceilings, within how many seconds."""
+
+    point: Point
+    source: Source
+    ceilings: timing.Ceilings | None
+    budget_s: float
+
+
+def measure_point(task: Task) -> Row:
+    """Check a point, then time it; the fields of its row that say how that went."""
+    point, device = task.point, "cpu" if task.point.device == "cpu" else "cuda"
+    problem = calls.problem_of(point, device)
+    reason = why_not(problem.op, point.backend, problem)
+    if reason is not None:
+        return {"status": "unsupported", "reason": reason}
+    start = time.perf_counter()
+    try:
+        row = _measured(task, device, start)
+    except torch.OutOfMemoryError as error:
+        row = _failure("out_of_memory", error)
+    except RuntimeError as error:
+        status = "out_of_memory" if "allocate memory" in str(error) else "error"
+        row = _failure(status, error)
+    except Exception as error:  # a peer's kernel may raise anything; it becomes this row
+        row = _failure("error", error)
+    calls.release_memory(device)
+    return row | {"point_s": round(time.perf_counter() - start, 3)}
+
+
+def _failure(status: str, error: Exception) -> Row:
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return {"status": status, "reason": f"{type(error).__name__}: {first_line[:300]}"}
+
+
+def _measured(task: Task, device: str, start: float) -> Row:
+    point = task.point
+    first_call_ms = _first_call_ms(task, device)
+    calls.release_memory(device)
+    memory = PeakMemory(device, calls.needed_bytes(point))
+    call = calls.prepare(point, task.source, device)
+    verdict = call.check()
+    accuracy = {
+        "error_ratio": verdict.worst.ratio,
+        "error_rms": verdict.worst.rms,
+        "error_max": verdict.worst.max,
+    }
+    if not verdict.worst.ratio <= 1:
+        finite = {n: x if x < float("inf") else None for n, x in accuracy.items()}
+        reason = f"{verdict.name}: error is {verdict.worst.ratio:.3g} x its budget"
+        return finite | {"status": "failed_accuracy", "reason": reason}
+    calls.release_memory(device)
+    memory.reset()
+    if point.pass_ == "bwd":
+        call.run()  # makes the graph whose backward is timed
+    problem = calls.problem_of(point, device)
+    left = max(0.0, task.budget_s - (time.perf_counter() - start))
+    timed = timing.measure(
+        call.run,
+        device=device,
+        working_set_bytes=problem.min_bytes(_counted(point)),
+        budget_s=left,
+    )
+    row = {"status": "ok", "reason": None, "first_call_ms": first_call_ms} | timed.statistics()
+    row |= accuracy | {"peak_bytes": memory.peak_bytes(call)}
+    row["clocks"] = timing.read_clocks() if device == "cuda" else None
+    return row | _shares(point, problem, row["ms_median"], task.ceilings)
+
+
+def _first_call_ms(task: Task, device: str) -> float:
+    """Time of a first short call, in which a backend compiles what it has to."""
+    short = replace(task.point, q_len=min(WARM_UP_LEN, task.point.q_len))
+    call = calls.prepare(short, replace(task.source, kind="random"), device)
+    start = time.perf_counter()
+    call.run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _counted(point: Point) -> str:
+    return "fwd" if point.pass_ == "decode" else point.pass_
+
+
+def _shares(point: Point, problem: Any, ms: float, ceilings: timing.Ceilings | None) -> Row:
+    flops, num_bytes = problem.flops(_counted(point)), problem.min_bytes(_counted(point))
+    steps = 1 if point.pass_ == "decode" else point.q_len
+    row = {
+        "flops": flops,
+        "min_bytes": num_bytes,
+        "tokens_per_s": point.batch * steps / ms * 1e3,
+    }
+    if ceilings is None:
+        return row
+    floor_ms, limit = ceilings.floor_ms(flops, num_bytes)
+    return row | {
+        "floor_ms": floor_ms,
+        "limit": limit,
+        "share_of_limit": floor_ms / ms,
+        "ceilings": {
+            "copy_gbps": ceilings.copy_gbps,
+            "matmul_tflops": ceilings.matmul_tflops,
+        },
+    }
+
+
+class PeakMemory:
+    """Peak memory of a point's inputs and call.
+
+    On CUDA the allocator's figure. On a CPU a large call's is the resident set's high-water mark
+    (Linux), a small one's, which would drown in pages the process holds anyway, is added up from
+    the profiler's record of every allocation. None where neither can be had.
+    """
+
+    def __init__(self, device: str, needed_bytes: int) -> None:
+        self.by_profiler = device == "cpu" and needed_bytes < PROFILED_BELOW
+        self.device = device
+        self.before = torch.cuda.memory_allocated() if device == "cuda" else _resident("VmRSS")
+
+    def reset(self) -> None:
+        """Begin to look for the peak anew."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif not self.by_profiler:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                self.before = None
+
+    def peak_bytes(self, call: calls.Call) -> int | None:
+        """Bytes at the peak since `reset`; may run the call once more."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.before
+        if self.by_profiler:
+            return call.input_bytes + _allocated_bytes(call.run)
+        highest = _resident("VmHWM")
+        return None if self.before is None or highest is None else max(0, highest - self.before)
+
+
+def _resident(field: str) -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def _allocated_bytes(run: Callable[[], object]) -> int:
+    """Highest sum of what a call has allocated and not yet freed."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(itertools.accumulate((n for _, n in sorted(changes)), initial=0))
+
+
+def describe_machine(device: str) -> Row:
+    """Device name, its properties and the versions of everything that matters."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    machine: Row = {
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties()
+        versions["cuda"] = torch.version.cuda
+        machine |= {
+            "device": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+        }
+    return {"machine": machine, "versions": versions}
+
+
+def free_bytes(device: str) -> int:
+    """Memory that a point may fill."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+ACTIONS: dict[str, Callable[..., Any]] = {
+    "measure": measure_point,
+    "ceilings": lambda device, dtype: timing.measure_ceilings(device, getattr(torch, dtype)),
+    "describe": describe_machine,
+    "free_bytes": free_bytes,
+}
+
+
+class WorkerDied(RuntimeError):
+    """The worker process ended before it answered; `exitcode` is negative for a signal."""
+
+    def __init__(self, exitcode: int | None) -> None:
+        super().__init__(f"the worker process died with exit code {exitcode}")
+        self.exitcode = exitcode
+
+
+class Worker:
+    """A process of its own that runs the actions above; started at the first call."""
+
+    def __init__(self, in_process: bool = False) -> None:
+        self._in_process = in_process
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def call(self, action: str, *args: object) -> Any:
+        """Result of an action; `WorkerDied` if the process ends, after which a new one starts."""
+        if self._in_process:
+            return ACTIONS[action](*args)
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
+        assert self._pipe is not None
+        try:
+            self._pipe.send((action, args))
+            return self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join()
+            exitcode, self._process = self._process.exitcode, None
+            raise WorkerDied(exitcode) from None
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.join()
+            self._process = None
+
+
+def _serve(pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to handle
+    parent = os.getppid()
+    while True:
+        try:
+            if not pipe.poll(1.0):
+                if os.getppid() != parent:  # the sweep was killed
+                    return
+                continue
+            action, args = pipe.recv()
+            pipe.send(ACTIONS[action](*args))
+        except (EOFError, BrokenPipeError):
+            sys.exit(0)
