@@ -46,12 +46,18 @@ class Verdict:
         return cls(found[name], name)
 
 
-def window_starts(num_tokens: int) -> list[int]:
-    """Starts of the windows, multiples of the chunk size, each window astride what it checks."""
+Span = tuple[int, int]
+
+
+def window_spans(num_tokens: int) -> list[Span]:
+    """Windows [start, stop): the first, seven between, and one that ends with the last token.
+
+    Starts are multiples of the chunk size, those between chosen so that an eighth lies amid each.
+    """
     last = max(0, (num_tokens - WINDOW) // CHUNK * CHUNK)
     between = [num_tokens * i // 8 // CHUNK * CHUNK - WINDOW // 2 for i in range(1, 8)]
-    starts = {0, last, *(s for s in between if 0 < s < last)}
-    return sorted(starts)
+    starts = sorted({0, last, *(s for s in between if 0 < s < last)})
+    return [(s, num_tokens if s == last else s + WINDOW) for s in starts]
 
 
 def check_lightning(inputs: Inputs, results: Results) -> Verdict:
@@ -64,17 +70,17 @@ def check_lightning(inputs: Inputs, results: Results) -> Verdict:
         inputs.grad_output,
     )
     found = {}
-    starts = window_starts(q.shape[2])
-    past = stream_states(k, v, g, starts)
-    found["output"] = _compare(results["output"], (q, k, v), g, starts, past, False)
+    spans = window_spans(q.shape[2])
+    past = stream_states(k, v, g, [start for start, _ in spans])
+    found["output"] = _compare(results["output"], (q, k, v), g, spans, past, False)
     if "grad_query" in results:
         transposed = [(a.mT, b.mT) for a, b in past]
         found["grad_query"] = _compare(
-            results["grad_query"], (do, v, k), g, starts, transposed, False
+            results["grad_query"], (do, v, k), g, spans, transposed, False
         )
         # Seen from the end, the gradients of key and value are scans of the same shape.
-        back = [x.shape[2] - s - min(WINDOW, x.shape[2] - s) for s in starts for x in (q,)]
-        future = stream_states(q, do, g, back, reverse=True)
+        back = [(q.shape[2] - stop, q.shape[2] - start) for start, stop in spans]
+        future = stream_states(q, do, g, [start for start, _ in back], reverse=True)
         transposed = [(a.mT, b.mT) for a, b in future]
         found["grad_key"] = _compare(results["grad_key"], (v, do, q), g, back, transposed, True)
         found["grad_value"] = _compare(results["grad_value"], (k, q, do), g, back, future, True)
@@ -140,15 +146,14 @@ def _compare(
     actual: Tensor,
     qkv: tuple[Tensor, Tensor, Tensor],
     log_decay: Tensor,
-    starts: list[int],
+    spans: list[Span],
     states: list[Pair],
     reverse: bool,
 ) -> Accuracy:
     """Accuracy over all windows of a scan that begins each window with its streamed state."""
     parts: list[list[Tensor]] = [[], [], []]
     dtype = actual.dtype
-    for start, (exact, plain) in zip(starts, states, strict=True):
-        stop = min(start + WINDOW, actual.shape[2])
+    for (start, stop), (exact, plain) in zip(spans, states, strict=True):
         q, k, v = (_take(x, start, stop, reverse) for x in qkv)
         oracle, _ = baseline_scan_float64(q, k, v, log_decay, exact)
         baseline, _ = baseline_scan(q.float(), k.float(), v.float(), log_decay, plain, dtype)

@@ -63,7 +63,7 @@ def measure(
     """Time a call that has run before; takes about `budget_s` at most, but one sample always."""
     if device == "cpu":
         return _sample(call, _wall_sample, "wall", budget_s, None)
-    flush = _cache_flush(working_set_bytes)
+    flush = cache_flush(working_set_bytes)
     first = _event_sample(call, flush)
     if first < GRAPH_BELOW_S:
         return _graph_timing(call, flush, budget_s)
@@ -113,7 +113,12 @@ def _event_sample(call: Callable[[], object], flush: Callable[[], None] | None) 
     return start.elapsed_time(stop) / 1e3
 
 
-def _cache_flush(working_set_bytes: int) -> Callable[[], None] | None:
+def once(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, as a first estimate."""
+    return _event_sample(call, None) if device == "cuda" else _wall_sample(call, None)
+
+
+def cache_flush(working_set_bytes: int) -> Callable[[], None] | None:
     """A function that overwrites the L2 cache, or None where the data can't stay in it anyway."""
     l2_bytes = torch.cuda.get_device_properties().L2_cache_size
     if working_set_bytes >= 4 * l2_bytes:

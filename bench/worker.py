@@ -249,6 +249,7 @@ class Worker:
         if self._in_process:
             return ACTIONS[action](*args)
         if self._process is None:
+            os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler prints two lines a use otherwise
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)

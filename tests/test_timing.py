@@ -1,0 +1,69 @@
+import time
+
+import pytest
+
+from bench import timing
+
+
+class Clock:
+    """A clock that moves only when a call spends time."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def spend(self, seconds):
+        def call():
+            self.now += seconds
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def measure(call, budget_s):
+    return timing.measure(call, device="cpu", working_set_bytes=0, budget_s=budget_s)
+
+
+def test_a_long_call_is_timed_three_times(clock):
+    timed = measure(clock.spend(2.0), budget_s=100)
+    assert timed.samples == pytest.approx([2000.0] * 3)
+    assert timed.timer == "wall" and not timed.l2_flush
+
+
+def test_a_long_call_is_timed_once_where_the_budget_allows_no_more(clock):
+    assert len(measure(clock.spend(2.0), budget_s=3).samples) == 1
+
+
+def test_a_short_call_is_warmed_up_and_sampled_for_half_a_second(clock):
+    calls = []
+    spend = clock.spend(0.01)
+
+    def call():
+        calls.append(clock.now)
+        spend()
+
+    timed = measure(call, budget_s=100)
+    assert sum(timed.samples) == pytest.approx(510, abs=11)
+    assert len(calls) - len(timed.samples) >= timing.WARM_UP_CALLS
+
+
+def test_samples_have_an_upper_bound(clock):
+    assert len(measure(clock.spend(1e-5), budget_s=100).samples) == timing.MAX_SAMPLES
+
+
+def test_statistics_are_those_of_the_samples():
+    timed = timing.Timing([float(x) for x in range(1, 102)], "wall", False)
+    found = timed.statistics()
+    assert (found["ms_q1"], found["ms_median"], found["ms_q3"]) == (26.0, 51.0, 76.0)
+    assert found["ms_lo"] < 51.0 < found["ms_hi"] and found["ms_hi"] - found["ms_lo"] < 30
+    assert len(found["samples"]) == 101
+
+
+def test_the_floor_is_the_larger_of_both_limits():
+    ceilings = timing.Ceilings(copy_gbps=100.0, matmul_tflops=1.0)
+    assert ceilings.floor_ms(flops=10**9, num_bytes=10**6) == (1.0, "compute")
+    assert ceilings.floor_ms(flops=10**6, num_bytes=10**9) == (10.0, "memory")
