@@ -170,7 +170,8 @@ def not_measured(rows: list[Row]) -> Table:
     for (name, status), found in groups.items():
         lengths: dict[str, list[int]] = {}
         for row in found:
-            lengths.setdefault(PASSES.get(row["pass"], row["pass"]), []).append(row["q_len"])
+            words = PASSES.get(row.get("pass"), row.get("suite"))
+            lengths.setdefault(words, []).append(row.get("q_len") or 0)
         where = "; ".join(f"{words} {span(values)}" for words, values in lengths.items())
         reasons = list(dict.fromkeys(row.get("reason") or "no reason given" for row in found))
         more = f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else ""

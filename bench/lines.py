@@ -18,6 +18,7 @@ PASSES = {
     "fwd+bwd": "forward + backward",
     "decode": "decode step",
 }
+VARIANTS = ("kv_heads", "layer", "precision", "input")  # named where one op has several
 BACKENDS = ("triton", "cuda", "torch", "sdpa", "flash", "cudnn", "fla", "reference")
 
 
@@ -42,27 +43,32 @@ class Line:
         return [Point(row["q_len"], row[field]) for row in ok]
 
 
-def by_configuration(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows that share figures: only op, backend, pass and length differ. The largest set first.
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows of `SUITES` that differ in nothing but the sources the last, as in `bench.fit`."""
+    kept: dict[tuple, Row] = {}
+    for row in rows:
+        point = tuple(map(row.get, POINT_FIELDS))
+        kept[point if row.get("suite") in SUITES else (row["key"],)] = row
+    return list(kept.values())
 
-    Of rows that differ in nothing but the sources' fingerprint the last wins, as in `bench.fit`.
-    """
+
+def by_configuration(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of `SUITES` that share figures: equal in shape, type and device. Largest set first."""
     fields = ("suite", "model", "batch", "heads", "head_dim", "value_dim", "dtype", "device")
     groups: dict[tuple, list[Row]] = {}
-    for row in {tuple(map(row.get, POINT_FIELDS)): row for row in rows}.values():
-        if row.get("suite") in SUITES:
-            key = (*map(row.get, fields), row.get("precision") or "default")
-            groups.setdefault(key, []).append(row)
+    for row in (row for row in latest(rows) if row.get("suite") in SUITES):
+        groups.setdefault(tuple(map(row.get, fields)), []).append(row)
     return sorted(groups.values(), key=len, reverse=True)
 
 
-def describe(row: Row) -> str:
-    """The shape, type and device of a row in words."""
+def describe(rows: list[Row]) -> str:
+    """What the rows of one configuration have in common, in words."""
+    row = rows[0]
     dims = f"head dim {row['head_dim']}"
     if row.get("value_dim") not in (None, row["head_dim"]):
         dims += f", value dim {row['value_dim']}"
-    precision = row.get("precision") or "default"
-    kind = row["dtype"] + ("" if precision == "default" else f" (precision {precision})")
+    special = sorted({row.get("precision") or "default" for row in rows} - {"default"})
+    kind = row["dtype"] + "".join(f", precision {name}" for name in special)
     return f"batch {row['batch']}, {row['heads']} heads, {dims}, {kind}, {row['device']}"
 
 
@@ -71,7 +77,7 @@ def lines_of(rows: Iterable[Row], pass_name: str) -> list[Line]:
     rows = sorted((row for row in rows if row["pass"] == pass_name), key=lambda row: row["q_len"])
     values: dict[tuple[str, str], set] = {}
     for row in rows:
-        for name in ("kv_heads", "layer", "input"):
+        for name in VARIANTS:
             values.setdefault((row["op"], name), set()).add(row.get(name))
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:

@@ -10,7 +10,7 @@ from pathlib import Path
 import attnlab
 from attnlab import registry
 from attnlab.decay import minimax_log_decay
-from bench import calls
+from bench import calls, timing
 from bench.rows import Point, Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +25,7 @@ SOURCES = {
     "cuda": ["kernels_cuda", "attnlab/planner.py"],
 }
 MARGIN = 1.3  # a prediction may be this much too low
+OVERHEAD_S = 0.7  # of a point besides its calls: inputs, warm-up, samples of a short call
 FIRST_SHARE = 0.05  # share of the limit assumed where nothing has been measured yet
 MEMORY_SHARE = 0.9  # of the free memory that a point may take
 RATIO_FROM_BYTES = 1 << 27  # below, a CPU's resident set says little about one call
@@ -97,7 +98,7 @@ def fingerprint(backend: str) -> str:
 class Predictor:
     """Predicts a point's time and memory from the last shorter one measured, and decides on it."""
 
-    floors: dict[str, object]  # dtype -> timing.Ceilings
+    floors: dict[str, timing.Ceilings]  # by dtype
     last_ok: dict[tuple, tuple[Point, Row]] = field(default_factory=dict)
     wall: dict[tuple, Row] = field(default_factory=dict)  # series that ran out of memory
 
@@ -125,10 +126,29 @@ class Predictor:
             needed = int(needed * max(1.0, peak / needed_before))
         return row["ms_median"] * max(1.0, ratio), needed
 
+    def calls_s(self, point: Point) -> float:
+        """Seconds that a point's calls take at least: one for the check, and the samples."""
+        call_s = MARGIN * self.predict(point)[0] / 1e3
+        return (1 + timing.min_samples(call_s)) * call_s
+
+    def cost_s(self, point: Point) -> float:
+        """Seconds that a point takes at least in all."""
+        return OVERHEAD_S + self.calls_s(point)
+
     def skip(
-        self, point: Point, *, free_bytes: int, point_budget_s: float, left_s: float
+        self,
+        point: Point,
+        later: list[Point],
+        *,
+        free_bytes: int,
+        point_budget_s: float,
+        left_s: float,
     ) -> Row | None:
-        """Status and reason if the point should not run, with the predictions; None if it may."""
+        """Status and reason if the point should not run, with the predictions; None if it may.
+
+        The budget goes to the cheapest points first, so that a point must leave enough for the
+        cheaper ones among those that come later.
+        """
         pred_ms, pred_bytes = self.predict(point)
         predicted = {"pred_ms": pred_ms, "pred_bytes": pred_bytes}
         wall = self.wall.get(self._series(point))
@@ -141,12 +161,16 @@ class Predictor:
                 f"{MEMORY_SHARE:.0%} of the {free_bytes / 2**30:.1f} GiB free is allowed"
             )
             return predicted | {"status": "skipped_memory", "reason": reason}
-        # A point runs at least twice: once to be checked, once to be timed.
-        cost_s = 2 * MARGIN * pred_ms / 1e3
-        budget_s = min(point_budget_s, left_s)
-        if cost_s > budget_s:
-            whose = "point" if point_budget_s <= left_s else "remaining"
-            reason = f"would take {cost_s:.3g} s, the {whose} budget is {max(0.0, budget_s):.3g} s"
+        calls_s, cost_s = self.calls_s(point), self.cost_s(point)
+        if calls_s > point_budget_s:
+            reason = f"would take {calls_s:.3g} s, the point budget is {point_budget_s:.3g} s"
+            return predicted | {"status": "skipped_budget", "reason": reason}
+        reserved_s = sum(cost for cost in map(self.cost_s, later) if cost < cost_s)
+        if cost_s > left_s - reserved_s:
+            reason = (
+                f"would take {cost_s:.3g} s of the {max(0.0, left_s):.3g} s left, "
+                f"of which cheaper points need {reserved_s:.3g} s"
+            )
             return predicted | {"status": "skipped_budget", "reason": reason}
         return None
 

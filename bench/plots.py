@@ -268,7 +268,7 @@ def make_figure(name: str, rows: list[Row]) -> Figure | None:
             draw_line(axes, line, quantity, depth=min(5, len(lines) - 1 - i))
         set_scales(axes, quantity)
         MARKS.get(name, lambda *_: None)(axes, lines)
-    figure.suptitle(f"{quantity.title}\n{describe(rows[0])}")
+    figure.suptitle(f"{quantity.title}\n{describe(rows)}")
     figure.legend(**legend)
     return figure
 

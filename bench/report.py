@@ -20,7 +20,7 @@ from bench.findings import (
     status_counts,
     time_table,
 )
-from bench.lines import Row, by_configuration, describe
+from bench.lines import Row, by_configuration, describe, latest
 from bench.plots import QUANTITIES, figure_name, write_figures
 from bench.rows import load_rows
 
@@ -39,8 +39,10 @@ METHOD = [
     "Times are medians, error bars are quartiles, brackets are 95 % intervals. An exponent is fitted "
     "to the longest lengths, where launches no longer matter; the terms are shares of a fit "
     "a + bN + cN² at the longest measured length N.",
-    "Accuracy gate: before a point is timed, its result is compared with float64. An error of 1 "
-    "budget is the limit; above it the point counts as failed and has no time.",
+    "Accuracy gate: before a point is timed, windows of its result, the first and the last tokens "
+    "among them, are compared with float64 at that very length. Its largest and its rms error may "
+    "be twice those of a plain computation that rounds to the same type; above that the point "
+    "counts as failed and has no time.",
     "Limit: the larger of the counted operations over the measured matrix-product ceiling and the "
     "least traffic over the measured copy ceiling. A share of 100 % is a call at that ceiling.",
 ]
@@ -57,6 +59,7 @@ def write_report(folder: Path) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     export(rows, folder)
+    rows = latest(rows)
     blocks = report_blocks(folder, rows, manifest, set(write_figures(rows, folder / "figures")))
     (folder / "summary.md").write_text(doc.to_markdown(blocks), encoding="utf-8")
     page = doc.to_html(f"Benchmark run {folder.resolve().name}", blocks)
@@ -91,7 +94,7 @@ def alert(rows: list[Row]) -> list[doc.Block]:
 
 def configuration_blocks(rows: list[Row], pictures: dict[str, Path]) -> list[doc.Block]:
     """Findings, tables and figures of the rows of one shape, type and device."""
-    blocks = [doc.Heading(2, "Findings"), doc.Text(describe(rows[0]).capitalize() + ".")]
+    blocks = [doc.Heading(2, "Findings"), doc.Text(f"Measured with {describe(rows)}.")]
     blocks += [doc.Bullets(findings(rows))]
     exponents, crossovers = exponent_table(rows), crossover_table(rows)
     if exponents.rows:

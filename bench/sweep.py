@@ -253,16 +253,17 @@ class Sweep:
 
     def run(self, points: list[list[Point]], done: dict[str, Row]) -> list[Row]:
         """Measure or skip every point that `done` has no measured row of; all rows of the plan."""
-        progress = Progress(sum(len(p) for p in points))
+        every = list(itertools.chain.from_iterable(points))
+        progress = Progress(len(every))
         collected = []
-        for point in itertools.chain.from_iterable(points):
+        for number, point in enumerate(every, start=1):
             if self.stopping:
                 break
             key = point.key(plan.fingerprint(point.backend))
             row = done.get(key)
             if row is None or row["status"].startswith("skipped"):
                 progress.begin(point)
-                row = self.row_of(point, key)
+                row = self.row_of(point, key, every[number:])
                 rows.append_row(self.folder / "rows.jsonl", row)
                 progress.finish(point, row)
             self.predictor.learn(point, row)
@@ -270,7 +271,7 @@ class Sweep:
         progress.stop()
         return collected
 
-    def row_of(self, point: Point, key: str) -> Row:
+    def row_of(self, point: Point, key: str, later: list[Point]) -> Row:
         """Row of one point: skipped with a reason, or measured in the worker of its backend."""
         pred_ms, pred_bytes = self.predictor.predict(point)
         base = {
@@ -287,6 +288,7 @@ class Sweep:
         budget_s = self.arguments.point_budget
         outcome = self.predictor.skip(
             point,
+            later,
             free_bytes=self.control.call("free_bytes", self.arguments.device),
             point_budget_s=budget_s,
             left_s=self.arguments.budget - self.used_s(),

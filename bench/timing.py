@@ -19,7 +19,7 @@ LONG_CALL_S = 1.0
 GRAPH_BELOW_S = 50e-6
 WARM_UP_S, WARM_UP_CALLS = 0.025, 3
 SAMPLING_S = 0.5
-MIN_SAMPLES, MAX_SAMPLES = 10, 200
+MAX_SAMPLES = 200
 CALLS_PER_GRAPH = 16
 
 
@@ -57,6 +57,11 @@ class Ceilings:
         return max(memory, compute), "memory" if memory >= compute else "compute"
 
 
+def min_samples(call_s: float) -> int:
+    """Samples that a call is given however long they take."""
+    return 10 if call_s < 0.1 else 5 if call_s < LONG_CALL_S else 1
+
+
 def measure(
     call: Callable[[], object], *, device: str, working_set_bytes: int, budget_s: float
 ) -> Timing:
@@ -89,7 +94,7 @@ def _sample(
         warm_up, calls = warm_up + sample(call, flush), calls + 1
     samples, stop = [], time.perf_counter() + min(SAMPLING_S, budget_s)
     while len(samples) < MAX_SAMPLES:
-        enough = len(samples) >= MIN_SAMPLES or time.perf_counter() - start > budget_s
+        enough = len(samples) >= min_samples(first) or time.perf_counter() - start > budget_s
         if samples and enough and time.perf_counter() > stop:
             break
         samples.append(sample(call, flush))
@@ -135,7 +140,9 @@ def _graph_timing(
     samples, stop = [], time.perf_counter() + min(SAMPLING_S, budget_s)
     for graph in graphs:
         graph.replay()
-    while len(samples) < MIN_SAMPLES or (time.perf_counter() < stop and len(samples) < MAX_SAMPLES):
+    while len(samples) < min_samples(0.0) or (
+        time.perf_counter() < stop and len(samples) < MAX_SAMPLES
+    ):
         spans = [_event_sample(graph.replay, None) for graph in graphs]
         alone = spans[1] if flush is not None else 0.0
         samples.append((spans[0] - alone) * 1e3 / CALLS_PER_GRAPH)
@@ -168,7 +175,7 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     def best_of(call: Callable[[], object]) -> float:
         for _ in range(WARM_UP_CALLS):
             call()
-        return statistics.median(sample(call, None) for _ in range(MIN_SAMPLES))
+        return statistics.median(sample(call, None) for _ in range(min_samples(0.0)))
 
     copy_s = best_of(lambda: target.copy_(source))
     matmul_s = best_of(lambda: torch.mm(a, b, out=product))

@@ -54,20 +54,33 @@ def test_what_does_not_fit_is_skipped_with_its_prediction():
     known.learn(POINT, {"status": "ok", "ms_median": 1000.0, "limit": "compute"})
     longer = replace(POINT, q_len=1 << 20)
     room = {"free_bytes": 1 << 40, "point_budget_s": 10, "left_s": 100}
-    by_time = known.skip(longer, **room)
+    by_time = known.skip(longer, [], **room)
     assert by_time["status"] == "skipped_budget" and by_time["pred_ms"] == pytest.approx(1024e3)
-    assert known.skip(replace(POINT, q_len=2048), **room) is None
-    by_total = known.skip(replace(POINT, q_len=2048), **room | {"left_s": 1})
-    assert by_total["status"] == "skipped_budget" and "remaining budget" in by_total["reason"]
-    by_memory = known.skip(longer, **room | {"free_bytes": 1 << 20})
+    assert known.skip(replace(POINT, q_len=2048), [], **room) is None
+    by_total = known.skip(replace(POINT, q_len=2048), [], **room | {"left_s": 1})
+    assert by_total["status"] == "skipped_budget" and "of the 1 s left" in by_total["reason"]
+    by_memory = known.skip(longer, [], **room | {"free_bytes": 1 << 20})
     assert by_memory["status"] == "skipped_memory" and by_memory["pred_bytes"] == 4 * 64 * 4 << 20
+
+
+def test_the_budget_is_kept_for_cheaper_points_that_come_later():
+    known = predictor()
+    soft = replace(POINT, op="softmax", backend="sdpa")
+    for point, ms in ((POINT, 1000.0), (soft, 10_000.0)):
+        known.learn(point, {"status": "ok", "ms_median": ms, "limit": "compute"})
+    room = {"free_bytes": 1 << 40, "point_budget_s": 1000, "left_s": 120}
+    dear, cheap = replace(soft, q_len=2048), [replace(POINT, q_len=n << 10) for n in (2, 4, 8)]
+    assert known.skip(dear, [], **room) is None
+    found = known.skip(dear, cheap, **room)
+    assert found["status"] == "skipped_budget" and "cheaper points need" in found["reason"]
+    assert all(known.skip(point, [dear], **room) is None for point in cheap)
 
 
 def test_beyond_an_out_of_memory_everything_is_dominated():
     known = predictor()
     known.learn(POINT, {"status": "out_of_memory", "q_len": 1024})
     found = known.skip(
-        replace(POINT, q_len=2048), free_bytes=1 << 40, point_budget_s=10, left_s=100
+        replace(POINT, q_len=2048), [], free_bytes=1 << 40, point_budget_s=10, left_s=100
     )
     assert found["status"] == "skipped_dominated" and "1024 tokens" in found["reason"]
 
