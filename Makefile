@@ -9,10 +9,10 @@ sweep: $(VENV)/installed
 	$(BIN)/python bench/sweep.py --max-len 4M
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --benchmark-disable
+	$(BIN)/python -m pytest
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest --benchmark-only bench
+	$(BIN)/python -m pytest --benchmark-only
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -80,10 +80,7 @@ def test_speed(benchmark, point, ceilings):
     assert call.check().worst.ratio <= 1
     benchmark.group = f"{point.op}-{point.pass_}-{point.q_len}"
     problem = calls.problem_of(point, DEVICE)
-    flush = None
-    if DEVICE == "cuda":
-        benchmark._timer = CudaStamp
-        flush = timing.cache_flush(problem.min_bytes())
+    flush = timing.cache_flush(problem.min_bytes()) if DEVICE == "cuda" else None
     seconds = timing.once(call.run, DEVICE)
     benchmark.pedantic(
         call.run,

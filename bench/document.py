@@ -25,11 +25,11 @@ h1 { margin-top: 0.5em; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3em 0.7em; border: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { background: var(--head); }
-th:first-child, td:first-child, td.words { text-align: left; }
-td.words { white-space: normal; min-width: 12rem; }
+th:first-child, td:first-child, .words { text-align: left; }
+.words { white-space: normal; min-width: 9rem; }
 em { color: var(--dim); }
 figure { margin: 1.5rem 0; }
-figure img { display: block; width: 100%; min-width: 44rem; background: #ffffff; border-radius: 4px; }
+figure img { display: block; width: 100%; background: #ffffff; border-radius: 4px; }
 figcaption { color: var(--dim); margin-top: 0.4rem; }
 .alert { border: 2px solid var(--alert); background: var(--alert-page); padding: 0.5rem 1rem; }
 .alert strong { color: var(--alert); }
@@ -87,7 +87,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; columns in `words` hold sentences and may wrap."""
+    """Cells are text; columns in `words` hold words: they stand on the left and may wrap."""
 
     header: list[str]
     rows: list[list[str]]
@@ -99,8 +99,9 @@ class Table:
         return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
     def html(self) -> str:
-        head = "".join(f"<th>{inline(name)}</th>" for name in self.header)
         kinds = [' class="words"' if name in self.words else "" for name in self.header]
+        names = zip(kinds, self.header, strict=True)
+        head = "".join(f"<th{kind}>{inline(name)}</th>" for kind, name in names)
         body = "".join(
             f"<tr>{''.join(f'<td{k}>{inline(c)}</td>' for k, c in zip(kinds, row, strict=True))}</tr>"
             for row in self.rows
@@ -121,8 +122,11 @@ class Picture:
         return f"![{self.title}]({self.path.parent.name}/{self.path.name})\n\n{self.caption}"
 
     def html(self) -> str:
-        data = base64.b64encode(self.path.read_bytes()).decode()
-        image = f'<img alt="{html.escape(self.title)}" src="data:image/png;base64,{data}">'
+        png = self.path.read_bytes()
+        width = int.from_bytes(png[16:20], "big")  # PNG header; its text is legible at these sizes
+        style = f"min-width: {width / 2.8:.0f}px; max-width: {width / 1.6:.0f}px"
+        data = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        image = f'<img alt="{html.escape(self.title)}" style="{style}" src="{data}">'
         caption = f"<figcaption>{inline(self.caption)}</figcaption>"
         return f'<figure><div class="scroll" tabindex="0">{image}</div>{caption}</figure>'
 

@@ -2,12 +2,13 @@
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.document import Table
-from bench.fit import asymptotic_exponent, format_len, term_shares
+from bench.fit import TermShares, asymptotic_exponent, format_len, term_shares
 from bench.lines import PASSES, Line, Row, crossover_of, fastest, format_digits, format_ms, lines_of
 
 NONE = "—"
@@ -49,38 +50,35 @@ def status_counts(rows: list[Row]) -> str:
 
 def findings(rows: list[Row]) -> list[str]:
     """What one configuration says, in sentences."""
-    items = reach_sentence(rows)
+    items = []
     for words, lines in passes_of(rows):
         for op in ("lightning", "softmax"):
-            items += exponent_sentence(words, fastest(lines, op))
+            items += exponent_sentence(words, [line for line in lines if line.op == op])
         items += crossover_sentence(words, lines)
     return items + accuracy_sentence(rows)
 
 
-def reach_sentence(rows: list[Row]) -> list[str]:
-    reach: dict[str, dict[str, int]] = {}
-    for row in (row for row in rows if row["status"] == "ok"):
-        backends = reach.setdefault(row["op"], {})
-        backends[row["backend"]] = max(row["q_len"], backends.get(row["backend"], 0))
-    parts = []
-    for op, backends in sorted(reach.items()):
-        last = max(backends.values())
-        names = ", ".join(name for name, length in backends.items() if length == last)
-        parts.append(f"{op} {format_len(last)} tokens ({names})")
-    return [f"Longest measured length of any pass: {'; '.join(parts)}."] if parts else []
-
-
-def exponent_sentence(words: str, line: Line | None) -> list[str]:
-    if line is None:
+def exponent_sentence(words: str, lines: list[Line]) -> list[str]:
+    """How far the backends of one op were measured, and the exponent of the fastest."""
+    best = fastest(lines, lines[0].op) if lines else None
+    if best is None:
         return []
-    points = line.points()
-    last = points[-1].q_len
-    guesses = any(row["q_len"] > last and row.get("pred_ms") for row in line.rows)
+    reach = {line.backend: max((p.q_len for p in line.points()), default=0) for line in lines}
+    last = max(reach.values())
+    names = ", ".join(name for name, length in reach.items() if length == last)
+    guesses = any(row["q_len"] > last and row.get("pred_ms") for line in lines for row in line.rows)
     return [
-        f"{line.op.capitalize()} {words} ({line.backend}) is measured to {format_len(last)} tokens: "
-        f"exponent {asymptotic_exponent(points)}"
+        f"{best.op.capitalize()} {words} is measured to {format_len(last)} tokens ({names}): "
+        f"exponent of {best.backend} {exponent_text(best)}"
         + ("; beyond that the points are predictions." if guesses else ".")
     ]
+
+
+def exponent_text(line: Line) -> str:
+    found = asymptotic_exponent(line.points())
+    if found.value is not None and found.reason:
+        found = replace(found, reason="not settled")
+    return str(found).replace("-0.00", "0.00")
 
 
 def crossover_sentence(words: str, lines: list[Line]) -> list[str]:
@@ -90,10 +88,15 @@ def crossover_sentence(words: str, lines: list[Line]) -> list[str]:
     soft, light, where = found
     ratios = ratios_of(soft, light)
     last = max(ratios)
+    beyond = isinstance(where.value, str) and (
+        "; lightning is the faster one at every length measured for both"
+        if where.value.startswith("<")
+        else "; softmax is still the faster one there"
+    )
     return [
-        f"Crossover {words}: {where} tokens (softmax {soft.backend} against lightning "
-        f"{light.backend}). At {format_len(last)}, the longest length measured for both, softmax "
-        f"takes {format_digits(ratios[last])} times as long as lightning."
+        f"Crossover {words}: {where} tokens ({soft.name} against {light.name}){beyond or ''}. "
+        f"At {format_len(last)}, the longest length measured for both, softmax takes "
+        f"{format_digits(ratios[last])} times as long as lightning."
     ]
 
 
@@ -109,18 +112,27 @@ def accuracy_sentence(rows: list[Row]) -> list[str]:
 def exponent_table(rows: list[Row]) -> Table:
     cells = []
     for words, lines in passes_of(rows):
-        for line in lines:
-            points = line.points()
-            if not points:
-                continue
-            terms = term_shares(points)
+        for line in (line for line in lines if line.points()):
+            terms = term_shares(line.points())
             shares = [getattr(terms, name) for name in TERMS]
-            equal = NONE if terms.equal_len is None else format_len(terms.equal_len)
-            cells.append([line.name, words, span([p.q_len for p in points])])
-            cells[-1] += [str(asymptotic_exponent(points))]
-            cells[-1] += [*(NONE if share is None else f"{share:.1%}" for share in shares), equal]
+            cells.append([line.name, words, span([terms.n_min, terms.n_max]), exponent_text(line)])
+            cells[-1] += [NONE if share is None else f"{share:.1%}" for share in shares]
+            cells[-1] += [equal_text(terms)]
     header = ["series", "pass", "measured", "exponent of the tail", *TERMS, "linear = quadratic at"]
-    return Table(header, cells, words={"exponent of the tail"})
+    return Table(header, cells, words={"pass", "exponent of the tail"})
+
+
+def equal_text(terms: TermShares) -> str:
+    """Where the linear and the quadratic term are equal, as far as it was measured."""
+    if terms.equal_len is None:
+        return NONE
+    if terms.equal_len > terms.n_max:
+        return f"> {format_len(terms.n_max)}"
+    return (
+        f"< {format_len(terms.n_min)}"
+        if terms.equal_len < terms.n_min
+        else format_len(terms.equal_len)
+    )
 
 
 def crossover_table(rows: list[Row]) -> Table:
@@ -138,7 +150,7 @@ def crossover_table(rows: list[Row]) -> Table:
             cells.append([what, words, soft.backend, light.backend, text, format_len(last)])
             cells[-1] += [format_digits(ratios[last])]
     header = ["what", "pass", "softmax", "lightning", "crossover (tokens)", "longest common length"]
-    return Table([*header, "softmax / lightning there"], cells)
+    return Table([*header, "softmax / lightning there"], cells, words={"pass"})
 
 
 def time_table(lines: list[Line]) -> Table:
@@ -167,7 +179,9 @@ def not_measured(rows: list[Row]) -> Table:
             name = f"{row.get('op')} {row.get('backend')}"
             groups.setdefault((name, row["status"]), []).append(row)
     cells = []
-    for (name, status), found in groups.items():
+    severity = {status: i for i, status in enumerate(reversed(STATUSES))}
+    worst_first = sorted(groups.items(), key=lambda group: severity.get(group[0][1], -1))
+    for (name, status), found in worst_first:
         lengths: dict[str, list[int]] = {}
         for row in found:
             words = PASSES.get(row.get("pass"), row.get("suite"))
@@ -176,4 +190,6 @@ def not_measured(rows: list[Row]) -> Table:
         reasons = list(dict.fromkeys(row.get("reason") or "no reason given" for row in found))
         more = f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
         cells.append([name, STATUSES.get(status, status), where, reasons[0] + more])
-    return Table(["series", "status", "lengths", "reason"], cells, words={"lengths", "reason"})
+    return Table(
+        ["series", "status", "lengths", "reason"], cells, words={"status", "lengths", "reason"}
+    )

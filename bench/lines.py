@@ -69,7 +69,8 @@ def describe(rows: list[Row]) -> str:
         dims += f", value dim {row['value_dim']}"
     special = sorted({row.get("precision") or "default" for row in rows} - {"default"})
     kind = row["dtype"] + "".join(f", precision {name}" for name in special)
-    return f"batch {row['batch']}, {row['heads']} heads, {dims}, {kind}, {row['device']}"
+    heads = f"{row['heads']} head{'s' * (row['heads'] > 1)}"
+    return f"batch {row['batch']}, {heads}, {dims}, {kind}, {row['device']}"
 
 
 def lines_of(rows: Iterable[Row], pass_name: str) -> list[Line]:
@@ -128,27 +129,27 @@ def exponents_of(line: Line) -> Line:
     return replace(line, rows=[dict(zip(fields, row, strict=True)) for row in values])
 
 
-def format_digits(value: float) -> str:
-    """Three significant digits without an exponent: 0.0123, 4.5, 12346."""
+def format_digits(value: float, trim: bool = False) -> str:
+    """Three significant digits without an exponent: 0.0123, 4.50 (4.5 if trimmed), 12346."""
     decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
     text = f"{value:.{max(0, decimals)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return text.rstrip("0").rstrip(".") if trim and "." in text else text
 
 
-def format_ms(ms: float) -> str:
-    """Milliseconds as a duration with its unit: 12 µs, 3.42 ms, 144 s."""
+def format_ms(ms: float, trim: bool = False) -> str:
+    """Milliseconds as a duration with its unit: 12.0 µs, 3.42 ms, 144 s."""
     factor, unit = (1e3, "µs") if ms < 1 else (1, "ms") if ms < 1e3 else (1e-3, "s")
-    return f"{format_digits(ms * factor)} {unit}"
+    return f"{format_digits(ms * factor, trim)} {unit}"
 
 
 def format_bytes(num_bytes: float) -> str:
     """Bytes in binary units: 512 B, 1.5 MiB, 32 GiB."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
     power = min(5, max(0, math.floor(math.log2(max(num_bytes, 1)) / 10)))
-    return f"{format_digits(num_bytes / 1024**power)} {units[power]}"
+    return f"{format_digits(num_bytes / 1024**power, trim=True)} {units[power]}"
 
 
 def format_count(count: float) -> str:
     """A count in decimal units: 12.5 M."""
     power = min(3, max(0, math.floor(math.log10(max(count, 1)) / 3)))
-    return f"{format_digits(count / 1000**power)} {('', 'k', 'M', 'G')[power]}".strip()
+    return f"{format_digits(count / 1000**power, trim=True)} {('', 'k', 'M', 'G')[power]}".strip()

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ QUANTITIES = {
         measured="ms_median",
         predicted="pred_ms",
         bars=("ms_q1", "ms_q3"),
-        y_format=format_ms,
+        y_format=partial(format_ms, trim=True),
     ),
     "throughput": Quantity(
         title="Throughput",
@@ -156,7 +157,7 @@ def draw_line(axes: Axes, line: Line, quantity: Quantity, depth: int) -> None:
     def plot(kind: str, where: np.ndarray, **style) -> None:
         style = {
             "color": colour,
-            "markersize": 5 + 0.7 * depth,
+            "markersize": 5 + depth,
             "linewidth": 1.3 + 0.25 * depth,
         } | style
         style["gid"] = f"{kind}: {line.name}"
@@ -188,7 +189,7 @@ def set_scales(axes: Axes, quantity: Quantity) -> None:
         low, high = axes.get_ylim()
         widen = max(1, math.sqrt(10 * low / high))  # to a decade: less would magnify noise
         axes.set_ylim(low / widen, high * widen)
-        subs = (1, 2, 5) if quantity.y_base == 10 and high / low < 300 else (1,)
+        subs = (1, 2, 5) if quantity.y_base == 10 and high / low < 1000 else (1,)
         axes.yaxis.set_major_locator(LogLocator(quantity.y_base, subs, numticks=9))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity.y_format(y)))
     axes.minorticks_off()
@@ -218,6 +219,7 @@ def mark_limits(axes: Axes, lines: list[Line]) -> None:
         texts += [f"limit of {op}: {', '.join(steps)}"] if steps else []
     axes.set_title("\n".join((axes.get_title(), *texts)))
     axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+    axes.axhline(1, color="#333333", linewidth=1, zorder=1)
 
 
 def mark_exponents(axes: Axes, lines: list[Line]) -> None:

@@ -31,20 +31,22 @@ CAPTIONS = {
     "share": "How much of what the measured ceilings of this machine allow each backend reaches.",
     "memory": "Parallel lines grow alike; a steeper one is a score matrix, a flat one a state.",
     "exponent": "Launch costs flatten the short lengths; the right end is what the op comes to.",
-    "error": "A line that rises with length would mean that rounding errors accumulate.",
+    "error": "Where rounding errors accumulate over the sequence, a line rises with length.",
 }
 METHOD = [
     "A filled point was measured. A hollow one, and a number in italics with a leading ~, is the "
     "prediction that the sweep made before it skipped the point.",
     "Times are medians, error bars are quartiles, brackets are 95 % intervals. An exponent is fitted "
-    "to the longest lengths, where launches no longer matter; the terms are shares of a fit "
-    "a + bN + cN² at the longest measured length N.",
+    "to the longest lengths, where launches no longer matter; it is not settled where no three local "
+    "slopes up to the end agree within 0.1, and the last four points are taken. The terms are "
+    "shares of a fit a + bN + cN² at the longest measured length N.",
     "Accuracy gate: before a point is timed, windows of its result, the first and the last tokens "
     "among them, are compared with float64 at that very length. Its largest and its rms error may "
     "be twice those of a plain computation that rounds to the same type; above that the point "
     "counts as failed and has no time.",
     "Limit: the larger of the counted operations over the measured matrix-product ceiling and the "
-    "least traffic over the measured copy ceiling. A share of 100 % is a call at that ceiling.",
+    "least traffic over the measured copy ceiling. A share of 100 % is a call at that ceiling; "
+    "one above it worked from a cache.",
 ]
 
 
@@ -85,7 +87,7 @@ def alert(rows: list[Row]) -> list[doc.Block]:
     """What went wrong, for the top of the page."""
     broken = [row for row in rows if row["status"] in BROKEN]
     items = [
-        f"{name}, {where}: {status}. {reason}"
+        f"{name}, {where}: {status} ({reason})"
         for name, status, where, reason in not_measured(broken).rows
     ]
     title = f"{len(broken)} of {len(rows)} points failed"
@@ -118,8 +120,10 @@ def method_blocks(rows: list[Row], manifest: dict) -> list[doc.Block]:
 def in_words(value: object) -> str:
     """A manifest entry on one line: `name value, name value` where it is a dict."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {in_words(part)}" for name, part in value.items())
-    return " ".join(map(in_words, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{k} {in_words(v)}" for k, v in value.items() if v is not None)
+    if isinstance(value, list):
+        return " ".join(map(in_words, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def export(rows: list[Row], folder: Path) -> None:

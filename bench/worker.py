@@ -26,6 +26,11 @@ from bench.rows import Point, Row
 
 WARM_UP_LEN = 256
 PROFILED_BELOW = 1 << 27
+ENVIRONMENT = {
+    # Large pages for large tensors: faults of small ones took a third of a call here, at times all.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "KINETO_LOG_LEVEL": "99",  # or the profiler prints two lines at each use
+}
 PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "flash-linear-attention")
 
 
@@ -249,7 +254,7 @@ class Worker:
         if self._in_process:
             return ACTIONS[action](*args)
         if self._process is None:
-            os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler prints two lines a use otherwise
+            os.environ.update(ENVIRONMENT)
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
