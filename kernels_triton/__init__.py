@@ -1,1 +1,0 @@
-"""Triton kernels of lightning attention; they know nothing of the package that registers them."""
