@@ -69,9 +69,11 @@ def measure(
     if device == "cpu":
         return _sample(call, _wall_sample, "wall", budget_s, None)
     flush = cache_flush(working_set_bytes)
-    first = _event_sample(call, flush)
-    if first < GRAPH_BELOW_S:
-        return _graph_timing(call, flush, budget_s)
+    if _event_sample(call, flush) < GRAPH_BELOW_S:
+        try:
+            return _graph_timing(call, flush, budget_s)
+        except RuntimeError:  # a call that synchronises can't be captured
+            torch.cuda.synchronize()
     return _sample(call, _event_sample, "event", budget_s, flush)
 
 
@@ -129,7 +131,11 @@ def cache_flush(working_set_bytes: int) -> Callable[[], None] | None:
     if working_set_bytes >= 4 * l2_bytes:
         return None
     buffer = torch.empty(2 * l2_bytes, dtype=torch.uint8, device="cuda")
-    return lambda: buffer.zero_() and None
+
+    def flush() -> None:
+        buffer.zero_()
+
+    return flush
 
 
 def _graph_timing(

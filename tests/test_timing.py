@@ -1,6 +1,7 @@
 import time
 
 import pytest
+import torch
 
 from bench import timing
 
@@ -53,6 +54,21 @@ def test_a_short_call_is_warmed_up_and_sampled_for_half_a_second(clock):
 
 def test_samples_have_an_upper_bound(clock):
     assert len(measure(clock.spend(1e-5), budget_s=100).samples) == timing.MAX_SAMPLES
+
+
+def test_the_cache_is_flushed_unless_the_data_is_far_larger(monkeypatch):
+    properties = type("Properties", (), {"L2_cache_size": 1000})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda: properties)
+    buffers, empty = [], torch.empty
+
+    def on_cpu(size, dtype, device):
+        buffers.append(empty(size, dtype=dtype).fill_(1))
+        return buffers[-1]
+
+    monkeypatch.setattr("torch.empty", on_cpu)
+    assert timing.cache_flush(4000) is None and not buffers
+    flush = timing.cache_flush(3999)
+    assert flush() is None and buffers[0].numel() == 2000 and not buffers[0].any()
 
 
 def test_statistics_are_those_of_the_samples():
