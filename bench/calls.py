@@ -1,8 +1,11 @@
 """What a point runs: its inputs, the call that is timed, what it needs, and its accuracy check."""
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from attnlab import functional, reference
 from attnlab.decay import minimax_log_decay
 from attnlab.problem import Problem
 from attnlab.testing import Inputs, accuracy, baseline_scan, softmax_baseline, softmax_oracle
-from bench.gate import Verdict, check_lightning, check_softmax
+from bench.gate import Results, Verdict, check_lightning, check_softmax
 from bench.inputs import Source
 from bench.rows import Point
 
@@ -66,11 +69,19 @@ def needed_bytes(point: Point) -> int:
 
 @dataclass
 class Call:
-    """A point made ready: `run` is what is timed, `check` judges what it computes."""
+    """A point made ready: `run` is what is timed; `judge` says how right `compute`'s results are.
+
+    `compute` does what `run` does and keeps the results; `input_bytes` are those of the tensors.
+    """
 
     run: Callable[[], object]
-    check: Callable[[], Verdict]
+    compute: Callable[[], Results]
+    judge: Callable[[Results], Verdict]
     input_bytes: int
+
+    def check(self) -> Verdict:
+        """Compute and judge."""
+        return self.judge(self.compute())
 
 
 def prepare(point: Point, source: Source, device: str) -> Call:
@@ -88,27 +99,25 @@ def prepare(point: Point, source: Source, device: str) -> Call:
     inputs = replace(inputs, log_decay=_log_decay(point, device))
     forward = _forward(point, inputs)
     check = check_lightning if point.op == "lightning" else check_softmax
+    size = _bytes(*tensors)
     if point.pass_ == "fwd":
-        return Call(forward, lambda: check(inputs, {"output": forward()}), _bytes(*tensors))
+        return Call(forward, lambda: {"output": forward()}, partial(check, inputs), size)
     leaves = inputs.query, inputs.key, inputs.value
+    detached = replace(
+        inputs, query=leaves[0].detach(), key=leaves[1].detach(), value=leaves[2].detach()
+    )
     for x in leaves:
         x.requires_grad_()
 
     def backward(output: Tensor, keep: bool = False) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, leaves, inputs.grad_output, retain_graph=keep)
 
-    def checked() -> Verdict:
+    def compute() -> Results:
         output = forward()
-        names = ("grad_query", "grad_key", "grad_value")
-        results = dict(zip(names, backward(output), strict=True))
-        with torch.no_grad():
-            plain = Inputs(*(x.detach() for x in leaves), inputs.log_decay)
-            plain = replace(plain, grad_output=inputs.grad_output)
-        return check(plain, results | {"output": output.detach()})
+        results = zip(("grad_query", "grad_key", "grad_value"), backward(output), strict=True)
+        return dict(results) | {"output": output.detach()}
 
-    if point.pass_ == "fwd+bwd":
-        return Call(lambda: backward(forward()), checked, _bytes(*tensors))
-    # The graph that is walked again and again is made at the first run, after the check.
+    # The graph that a backward alone walks again and again is made at its first run.
     graph: list[Tensor] = []
 
     def backward_alone() -> tuple[Tensor, ...]:
@@ -116,7 +125,8 @@ def prepare(point: Point, source: Source, device: str) -> Call:
             graph.append(forward())
         return backward(graph[0], keep=True)
 
-    return Call(backward_alone, checked, _bytes(*tensors))
+    run = backward_alone if point.pass_ == "bwd" else lambda: backward(forward())
+    return Call(run, compute, partial(check, detached), size)
 
 
 def _tensor(name: str, heads: int, point: Point, source: Source, device: str) -> Tensor:
@@ -159,19 +169,23 @@ def _lightning_decode(point: Point, source: Source, device: str) -> Call:
     def run() -> Tensor:
         return functional.lightning_decode_(*step, g, state, **flags)
 
-    def check() -> Verdict:
+    def compute() -> Results:
         before = state.clone()
-        output = run()
+        return {"output": run(), "state": state, "before": before}
+
+    def judge(results: Results) -> Verdict:
+        before = results["before"]
         wide = [x.double() for x in (*step, g)]
         oracle = reference.lightning_recurrence(*wide, initial_state=before.double())
         plain = baseline_scan(*(x.float() for x in step), g, before, step[0].dtype)
+        output = results["output"]
         pairs = {
             "output": accuracy(output, oracle[0], plain[0].to(output.dtype)),
-            "state": accuracy(state, oracle[1], plain[1]),
+            "state": accuracy(results["state"], oracle[1], plain[1]),
         }
         return Verdict.of(pairs)
 
-    return Call(run, check, _bytes(*step, state))
+    return Call(run, compute, judge, _bytes(*step, state))
 
 
 def _softmax_decode(point: Point, source: Source, device: str) -> Call:
@@ -184,19 +198,21 @@ def _softmax_decode(point: Point, source: Source, device: str) -> Call:
             q, k, v, is_causal=True, enable_gqa=grouped, backend=point.backend
         )
 
-    def check() -> Verdict:
+    def judge(results: Results) -> Verdict:
         part = Inputs(
             q, k, v, grad_output=torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[3])
         )
         oracle = softmax_oracle(part, is_causal=True)["output"]
         baseline = softmax_baseline(part, is_causal=True)["output"]
-        return Verdict.of({"output": accuracy(run(), oracle, baseline)})
+        return Verdict.of({"output": accuracy(results["output"], oracle, baseline)})
 
-    return Call(run, check, _bytes(q, k, v))
+    return Call(run, lambda: {"output": run()}, judge, _bytes(q, k, v))
 
 
 def release_memory(device: str) -> None:
-    """Give back what earlier points left."""
+    """Give back to the system what earlier points left."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)

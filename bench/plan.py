@@ -28,7 +28,7 @@ MARGIN = 1.3  # a prediction may be this much too low
 OVERHEAD_S = 0.7  # of a point besides its calls: inputs, warm-up, samples of a short call
 FIRST_SHARE = 0.05  # share of the limit assumed where nothing has been measured yet
 MEMORY_SHARE = 0.9  # of the free memory that a point may take
-RATIO_FROM_BYTES = 1 << 27  # below, a CPU's resident set says little about one call
+RATIO_FROM_BYTES = 1 << 20  # below, fixed buffers hide how a call's memory grows
 
 
 def parse_length(text: str) -> int:
@@ -126,6 +126,10 @@ class Predictor:
             needed = int(needed * max(1.0, peak / needed_before))
         return row["ms_median"] * max(1.0, ratio), needed
 
+    def fits(self, point: Point, free_bytes: int) -> bool:
+        """Whether the point's predicted memory leaves some of the free memory free."""
+        return self.predict(point)[1] <= MEMORY_SHARE * free_bytes
+
     def calls_s(self, point: Point) -> float:
         """Seconds that a point's calls take at least: one for the check, and the samples."""
         call_s = MARGIN * self.predict(point)[0] / 1e3
@@ -155,7 +159,7 @@ class Predictor:
         if wall is not None:
             reason = f"out of memory at {wall['q_len']} tokens already"
             return predicted | {"status": "skipped_dominated", "reason": reason}
-        if pred_bytes > MEMORY_SHARE * free_bytes:
+        if not self.fits(point, free_bytes):
             reason = (
                 f"would take {pred_bytes / 2**30:.1f} GiB, "
                 f"{MEMORY_SHARE:.0%} of the {free_bytes / 2**30:.1f} GiB free is allowed"

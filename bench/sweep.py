@@ -289,7 +289,7 @@ class Sweep:
         outcome = self.predictor.skip(
             point,
             later,
-            free_bytes=self.control.call("free_bytes", self.arguments.device),
+            free_bytes=self.free_bytes(point),
             point_budget_s=budget_s,
             left_s=self.arguments.budget - self.used_s(),
         )
@@ -297,10 +297,20 @@ class Sweep:
             outcome = self.measured(Task(point, self.source, self.ceilings, budget_s))
         return base | outcome | {"ts_utc": _now()}
 
+    def free_bytes(self, point: Point) -> int:
+        """Memory that the point may fill, once other workers gave back what it needs of theirs."""
+        device = self.arguments.device
+        free = self.control.call("free_bytes", device)
+        if self.predictor.fits(point, free):
+            return free
+        for name, worker in self.workers.items():
+            if worker.is_running and name != _worker_name(point):
+                worker.call("release", device)
+        return self.control.call("free_bytes", device)
+
     def measured(self, task: Task) -> Row:
         """Measured fields, or what became of the worker."""
-        name = f"{task.point.op}.{task.point.backend}"
-        worker = self.workers.setdefault(name, Worker(self.in_process))
+        worker = self.workers.setdefault(_worker_name(task.point), Worker(self.in_process))
         start = time.perf_counter()
         try:
             row = worker.call("measure", task)
@@ -319,6 +329,10 @@ class Sweep:
         """End the workers."""
         for worker in (self.control, *self.workers.values()):
             worker.close()
+
+
+def _worker_name(point: Point) -> str:
+    return f"{point.op}.{point.backend}"
 
 
 def _now() -> str:

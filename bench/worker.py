@@ -3,6 +3,7 @@
 The sweep sends points through a pipe and gets back the measured fields of a row.
 """
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -14,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ from bench.inputs import Source
 from bench.rows import Point, Row
 
 WARM_UP_LEN = 256
-PROFILED_BELOW = 1 << 27
 ENVIRONMENT = {
-    # Large pages for large tensors: faults of small ones took a third of a call here, at times all.
+    # Keep freed memory for the next call, as torch does on CUDA, in large pages: a fresh page costs
+    # a fault, and on some machines those take longer than the call. "release" gives it back.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 60),
     "THP_MEM_ALLOC_ENABLE": "1",
     "KINETO_LOG_LEVEL": "99",  # or the profiler prints two lines at each use
 }
@@ -61,7 +63,8 @@ def measure_point(task: Task) -> Row:
         row = _failure(status, error)
     except Exception as error:  # a peer's kernel may raise anything; it becomes this row
         row = _failure("error", error)
-    calls.release_memory(device)
+    if device == "cuda":
+        calls.release_memory(device)
     return row | {"point_s": round(time.perf_counter() - start, 3)}
 
 
@@ -73,10 +76,10 @@ def _failure(status: str, error: Exception) -> Row:
 def _measured(task: Task, device: str, start: float) -> Row:
     point = task.point
     first_call_ms = _first_call_ms(task, device)
-    calls.release_memory(device)
-    memory = PeakMemory(device, calls.needed_bytes(point))
     call = calls.prepare(point, task.source, device)
-    verdict = call.check()
+    results, peak_bytes = compute_and_measure(call, device)
+    verdict = call.judge(results)
+    del results
     accuracy = {
         "error_ratio": verdict.worst.ratio,
         "error_rms": verdict.worst.rms,
@@ -86,8 +89,7 @@ def _measured(task: Task, device: str, start: float) -> Row:
         finite = {n: x if x < float("inf") else None for n, x in accuracy.items()}
         reason = f"{verdict.name}: error is {verdict.worst.ratio:.3g} x its budget"
         return finite | {"status": "failed_accuracy", "reason": reason}
-    calls.release_memory(device)
-    memory.reset()
+    gc.collect()
     if point.pass_ == "bwd":
         call.run()  # makes the graph whose backward is timed
     problem = calls.problem_of(point, device)
@@ -99,7 +101,7 @@ def _measured(task: Task, device: str, start: float) -> Row:
         budget_s=left,
     )
     row = {"status": "ok", "reason": None, "first_call_ms": first_call_ms} | timed.statistics()
-    row |= accuracy | {"peak_bytes": memory.peak_bytes(call)}
+    row |= accuracy | {"peak_bytes": peak_bytes}
     row["clocks"] = timing.read_clocks() if device == "cuda" else None
     return row | _shares(point, problem, row["ms_median"], task.ceilings)
 
@@ -141,54 +143,21 @@ def _shares(point: Point, problem: Any, ms: float, ceilings: timing.Ceilings | N
     }
 
 
-class PeakMemory:
-    """Peak memory of a point's inputs and call.
-
-    On CUDA the allocator's figure. On a CPU a large call's is the resident set's high-water mark
-    (Linux), a small one's, which would drown in pages the process holds anyway, is added up from
-    the profiler's record of every allocation. None where neither can be had.
-    """
-
-    def __init__(self, device: str, needed_bytes: int) -> None:
-        self.by_profiler = device == "cpu" and needed_bytes < PROFILED_BELOW
-        self.device = device
-        self.before = torch.cuda.memory_allocated() if device == "cuda" else _resident("VmRSS")
-
-    def reset(self) -> None:
-        """Begin to look for the peak anew."""
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        elif not self.by_profiler:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                self.before = None
-
-    def peak_bytes(self, call: calls.Call) -> int | None:
-        """Bytes at the peak since `reset`; may run the call once more."""
-        if self.device == "cuda":
-            return torch.cuda.max_memory_allocated() - self.before
-        if self.by_profiler:
-            return call.input_bytes + _allocated_bytes(call.run)
-        highest = _resident("VmHWM")
-        return None if self.before is None or highest is None else max(0, highest - self.before)
-
-
-def _resident(field: str) -> int | None:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return int(status.split(f"{field}:")[1].split()[0]) * 1024
-
-
-def _allocated_bytes(run: Callable[[], object]) -> int:
-    """Highest sum of what a call has allocated and not yet freed."""
+def compute_and_measure(call: calls.Call, device: str) -> tuple[calls.Results, int]:
+    """Results of a call, and the peak of what it and its inputs allocate, in bytes."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated() - call.input_bytes
+        torch.cuda.reset_peak_memory_stats()
+        results = call.compute()
+        return results, torch.cuda.max_memory_allocated() - before
+    # The profiler's record of allocations, since a process's size also counts what it has freed.
     with torch.profiler.profile(profile_memory=True) as profile:
-        run()
+        results = call.compute()
     events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return max(itertools.accumulate((n for _, n in sorted(changes)), initial=0))
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    allocated = itertools.accumulate((size for _, size in changes), initial=0)
+    return results, call.input_bytes + max(allocated)
 
 
 def describe_machine(device: str) -> Row:
@@ -230,6 +199,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "ceilings": lambda device, dtype: timing.measure_ceilings(device, getattr(torch, dtype)),
     "describe": describe_machine,
     "free_bytes": free_bytes,
+    "release": calls.release_memory,
 }
 
 
@@ -268,6 +238,11 @@ class Worker:
             self._process.join()
             exitcode, self._process = self._process.exitcode, None
             raise WorkerDied(exitcode) from None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a process."""
+        return self._process is not None
 
     def close(self) -> None:
         """End the process."""
