@@ -56,7 +56,7 @@ def needed_bytes(point: Point) -> int:
     kv = point.batch * point.kv_heads * point.q_len * (point.head_dim + point.value_dim)
     if point.pass_ == "decode":
         state = 4 * point.batch * point.heads * point.head_dim * point.value_dim
-        return state if point.op == "lightning" else kv * itemsize
+        return 5 * state if point.op == "lightning" else kv * itemsize  # with the step's own
     tensors = query * (point.head_dim + point.value_dim) + kv
     if point.pass_ != "fwd":
         tensors *= 2

@@ -26,11 +26,10 @@ from bench.rows import Point, Row
 
 WARM_UP_LEN = 256
 ENVIRONMENT = {
-    # Keep freed memory for the next call, as torch does on CUDA, in large pages: a fresh page costs
-    # a fault, and on some machines those take longer than the call. "release" gives it back.
+    # Keep freed memory for the next call, as torch does on CUDA: fresh pages cost a fault each, and
+    # on some virtual machines those take longer than the call. The action "release" gives it back.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 60),
-    "THP_MEM_ALLOC_ENABLE": "1",
     "KINETO_LOG_LEVEL": "99",  # or the profiler prints two lines at each use
 }
 PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "flash-linear-attention")

@@ -1,8 +1,11 @@
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+
+import attnlab
 
 from bench import plan
 from bench.inputs import Source, check_corpus, corpus_bytes
@@ -95,6 +98,13 @@ def test_a_changed_source_is_another_point(tmp_path, monkeypatch):
     assert plan.fingerprint("torch") == before
     (source / "chunked.py").write_text("a = 2\n")
     assert plan.fingerprint("torch") != before
+
+
+def test_every_backend_has_sources_that_exist():
+    backends = attnlab.list_backends()
+    assert set(backends) <= set(plan.SOURCES)
+    for name in itertools.chain.from_iterable(plan.SOURCES[b] for b in backends):
+        assert (plan.ROOT / name).exists()
 
 
 def test_the_default_corpus_has_four_million_bytes():
