@@ -22,6 +22,7 @@ STATUSES = {
     "failed_accuracy": "failed the accuracy gate",
     "error": "stopped with an error",
 }
+README_LENGTHS = tuple(1 << n for n in (10, 13, 16, 18, 20, 22))
 TERMS = ("constant", "linear", "quadratic")
 
 
@@ -158,6 +159,22 @@ def time_table(lines: list[Line]) -> Table:
     lengths = sorted({length for rows in by_len for length in rows})
     cells = [[format_len(n), *(time_cell(rows.get(n, {})) for rows in by_len)] for n in lengths]
     return Table(["tokens", *(line.name for line in lines)], cells)
+
+
+def readme_table(rows: list[Row], lengths: tuple[int, ...] = README_LENGTHS) -> str:
+    """Markdown table of times at a few lengths, forward and both passes, without the naive form."""
+    columns = [
+        (f"{line.name}, {words}", {row["q_len"]: row for row in line.rows})
+        for words, lines in passes_of(rows)
+        for line in lines
+        if line.backend != "reference" and words != PASSES["decode"]
+    ]
+    lines = ["| tokens | " + " | ".join(name for name, _ in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for length in lengths:
+        cells = [time_cell(by_len.get(length, {})) for _, by_len in columns]
+        lines.append(f"| {format_len(length)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def time_cell(row: Row) -> str:

@@ -20,7 +20,7 @@ WARM_UP_S, WARM_UP_CALLS = 0.025, 3
 SAMPLING_S = 0.5
 MAX_SAMPLES = 200
 CALLS_PER_GRAPH = 16
-CEILING_SAMPLES = 20
+CEILING_ROUNDS, CEILING_SAMPLES, CEILING_PAUSE_S = 4, 8, 1.0
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,13 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     product = torch.empty_like(a)
     sample = _event_sample if device == "cuda" else _wall_sample
 
-    def fastest(call: Callable[[], object]) -> float:
-        for _ in range(WARM_UP_CALLS):
-            call()
-        return min(sample(call, None) for _ in range(CEILING_SAMPLES))
-
-    copy_s = fastest(lambda: target.copy_(source))
-    matmul_s = fastest(lambda: torch.mm(a, b, out=product))
-    return Ceilings(2 * num_bytes / copy_s / 1e9, 2 * size**3 / matmul_s / 1e12)
+    copies, products = [], []
+    for number in range(CEILING_ROUNDS):
+        time.sleep(CEILING_PAUSE_S if number else 0.0)  # what disturbs one round may spare the next
+        for _ in range(CEILING_SAMPLES):
+            copies.append(sample(lambda: target.copy_(source), None))
+            products.append(sample(lambda: torch.mm(a, b, out=product), None))
+    return Ceilings(2 * num_bytes / min(copies) / 1e9, 2 * size**3 / min(products) / 1e12)
 
 
 def read_clocks() -> dict[str, object] | None:

@@ -25,6 +25,7 @@ from bench.inputs import Source
 from bench.rows import Point, Row
 
 WARM_UP_LEN = 256
+KEPT_BYTES = 1 << 30  # that a worker may hold beside twice what its last point took
 ENVIRONMENT = {
     # Keep freed memory for the next call, as torch does on CUDA: fresh pages cost a fault each, and
     # on some virtual machines those take longer than the call. The action "release" gives it back.
@@ -62,7 +63,7 @@ def measure_point(task: Task) -> Row:
         row = _failure(status, error)
     except Exception as error:  # a peer's kernel may raise anything; it becomes this row
         row = _failure("error", error)
-    if device == "cuda":
+    if device == "cuda" or resident_bytes() > 2 * (row.get("peak_bytes") or 0) + KEPT_BYTES:
         calls.release_memory(device)
     return row | {"point_s": round(time.perf_counter() - start, 3)}
 
@@ -182,6 +183,13 @@ def describe_machine(device: str) -> Row:
             "memory_bytes": properties.total_memory,
         }
     return {"machine": machine, "versions": versions}
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def free_bytes(device: str) -> int:

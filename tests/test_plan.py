@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import attnlab
-
 from bench import plan
 from bench.inputs import Source, check_corpus, corpus_bytes
 from bench.timing import Ceilings
