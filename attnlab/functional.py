@@ -343,7 +343,9 @@ def _check_softmax(
 
 
 def _values_can_be_read() -> bool:
-    """Whether values may be looked at: not while a graph is captured."""
+    """Whether values may be looked at: not while code is traced or a graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 

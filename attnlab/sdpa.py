@@ -4,8 +4,9 @@ Legend: B batch, H heads, T query tokens, S key tokens, D head dim.
 
 torch's own entry point serves the plain calls. What it lacks (a logsumexp with gradients, a causal
 mask aligned bottom right, packed documents on any device) is put together here from the kernels
-beneath it. A causal call with more keys than queries is a non-causal part over the past and a
-square causal part, merged by their logsumexps; the backward hands each part the merged output and
+beneath it. A causal call with more keys than queries is one call of FlashAttention, which aligns so
+itself; elsewhere it is a non-causal part over the past and a square causal part, merged by their
+logsumexps; the backward hands each part the merged output and
 logsumexp, which is all that a flash backward needs to give that part's share of the gradients.
 """
 
@@ -159,11 +160,16 @@ def _with_causal(attn_mask: Tensor, q_len: int, kv_len: int) -> Tensor:
     return attn_mask.masked_fill(~causal, -torch.inf)
 
 
-Part = tuple[slice, slice, bool]  # queries, keys, whether the part is square and causal
+Part = tuple[slice, slice, bool]  # queries, keys, whether the part is causal
 
 
 def _documents(
-    query: Tensor, key: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    is_causal: bool,
+    kernel: str,
 ) -> Iterator[list[Part]]:
     """Parts of each document; all parts of one document have the same queries."""
     q_bounds = [0, query.shape[2]] if cu_q is None else cu_q.tolist()
@@ -173,7 +179,10 @@ def _documents(
         past = (k1 - k0) - (q1 - q0) if causal else k1 - k0
         seeing = slice(max(q0, q0 - past), q1)  # queries before the first key see nothing
         parts: list[Part] = []
-        if past > 0:
+        if causal and past > 0 and kernel == "flash":  # FlashAttention itself aligns bottom right
+            parts.append((seeing, slice(k0, k1), True))
+            causal = False
+        elif past > 0:
             parts.append((seeing, slice(k0, k0 + past), False))
         if causal:
             parts.append((seeing, slice(max(k0, k0 + past), k1), True))
@@ -194,7 +203,7 @@ def _softmax_parts(
     output = query.new_zeros(*query.shape[:3], value.shape[3])
     wide = torch.promote_types(query.dtype, torch.float32)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=wide)
-    for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal):
+    for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal, kernel):
         merged: tuple[Tensor, Tensor] | None = None
         for queries, keys, causal in parts:
             tensors = query[:, :, queries], key[:, :, keys], value[:, :, keys]
@@ -247,7 +256,7 @@ def _softmax_parts_backward(
     grad_key, grad_value = (torch.zeros_like(x, memory_format=contiguous) for x in (key, value))
     # A query's gradient is a sum over the parts, so it is rounded only at the end.
     grad_query = torch.zeros_like(query, memory_format=contiguous, dtype=lse.dtype)
-    for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal):
+    for parts in _documents(query, key, cu_seqlens_q, cu_seqlens_k, is_causal, kernel):
         for queries, keys, causal in parts:
             do, q, o, total = (x[:, :, queries] for x in (grad_output, query, output, lse))
             dl = None if grad_lse is None else grad_lse[:, :, queries]
@@ -311,6 +320,7 @@ def _kernel_forward(
     dim = -(-max(query.shape[3], value.shape[3]) // 8) * 8  # zeros change neither scores nor sums
     q, k, v = (_widen(x, dim) for x in (query, key, value))
     aten = torch.ops.aten
+    kernel = _able(kernel, query, key)
     if kernel == "cpu":
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, scale=scale
@@ -349,10 +359,15 @@ def _kernel_backward(
     if grad_lse is not None:
         o, do = o.clone(), do.clone()
         o[..., widest], do[..., widest] = -grad_lse.to(o.dtype), 1.0
-    call = _BACKWARD[kernel]
+    call = _BACKWARD[_able(kernel, query, key)]
     dq, dk, dv = call(do.contiguous(), q, k, v, o.contiguous(), lse.contiguous(), causal, scale)
     k_dim, v_dim = query.shape[3], value.shape[3]
     return dq[..., :k_dim], dk[..., :k_dim], dv[..., :v_dim]
+
+
+def _able(kernel: str, query: Tensor, key: Tensor) -> str:
+    """The kernel itself, but FlashAttention for a one-token document, which cuDNN refuses."""
+    return "flash" if kernel == "cudnn" and query.shape[2] == key.shape[2] == 1 else kernel
 
 
 def _cpu_backward(

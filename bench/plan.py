@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import random
 import re
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,32 +100,40 @@ class Predictor:
     """Predicts a point's time and memory from the last shorter one measured, and decides on it."""
 
     floors: dict[str, timing.Ceilings]  # by dtype
-    last_ok: dict[tuple, tuple[Point, Row]] = field(default_factory=dict)
+    measured: dict[tuple, list[tuple[Point, Row]]] = field(default_factory=dict)
     wall: dict[tuple, Row] = field(default_factory=dict)  # series that ran out of memory
 
     def learn(self, point: Point, row: Row) -> None:
         """Take note of a finished point."""
         series = self._series(point)
         if row["status"] == "ok":
-            self.last_ok[series] = point, row
+            self.measured.setdefault(series, []).append((point, row))
         elif row["status"] in ("out_of_memory", "skipped_dominated"):
             self.wall[series] = row
 
     def predict(self, point: Point) -> tuple[float, int]:
-        """Milliseconds and bytes: the last measured point's, times the ratio of counted work."""
+        """Milliseconds and bytes, by the counted work, from the last points measured.
+
+        The time is the median of what the last three would give: one that a busy machine disturbed
+        must not make the longer ones look too dear.
+        """
         flops, num_bytes = _work(point)
         needed = calls.needed_bytes(point)
-        if self._series(point) not in self.last_ok:
+        series = self.measured.get(self._series(point), [])
+        if not series:
             floor_ms, _ = self.floors[point.dtype].floor_ms(flops, num_bytes)
             return 1.0 + floor_ms / FIRST_SHARE, needed
-        before, row = self.last_ok[self._series(point)]
-        flops_before, bytes_before = _work(before)
-        by_memory = row.get("limit") == "memory"
-        ratio = num_bytes / bytes_before if by_memory else flops / flops_before
+        times = []
+        for before, row in series[-3:]:
+            flops_before, bytes_before = _work(before)
+            by_memory = row.get("limit") == "memory"
+            ratio = num_bytes / bytes_before if by_memory else flops / flops_before
+            times.append(row["ms_median"] * max(1.0, ratio))
+        before, row = series[-1]
         peak, needed_before = row.get("peak_bytes"), calls.needed_bytes(before)
         if peak and needed_before >= RATIO_FROM_BYTES:
             needed = int(needed * max(1.0, peak / needed_before))
-        return row["ms_median"] * max(1.0, ratio), needed
+        return statistics.median(times), needed
 
     def fits(self, point: Point, free_bytes: int) -> bool:
         """Whether the point's predicted memory leaves some of the free memory free."""

@@ -4,7 +4,8 @@ The caller has run the call once already (compilation, correctness). Then warm-u
 samples until the time for them is used up. On CUDA a sample is taken with events, in a replayed
 graph where a call is shorter than 50 us, and the L2 cache is flushed before each sample where the
 call's data could stay in it. Calls longer than a second are timed three times, or once where the
-budget allows no more. Clocks are read, never set.
+budget allows no more. The GPU is kept busy while a call is launched, so that what is timed is the
+call and not the launching. Clocks are read, never set.
 """
 
 import time
@@ -20,6 +21,7 @@ WARM_UP_S, WARM_UP_CALLS = 0.025, 3
 SAMPLING_S = 0.5
 MAX_SAMPLES = 200
 CALLS_PER_GRAPH = 16
+BUSY_CYCLES = 1_500_000  # of the GPU, about a millisecond: longer than it takes to launch a call
 CEILING_ROUNDS, CEILING_SAMPLES, CEILING_PAUSE_S = 4, 8, 1.0
 
 
@@ -112,6 +114,7 @@ def _wall_sample(call: Callable[[], object], flush: Callable[[], None] | None) -
 def _event_sample(call: Callable[[], object], flush: Callable[[], None] | None) -> float:
     if flush is not None:
         flush()
+    torch.cuda._sleep(BUSY_CYCLES)  # the call is queued before the GPU gets to the first event
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()

@@ -51,6 +51,14 @@ def test_a_prediction_scales_the_last_measured_time_with_the_counted_work():
     assert known.predict(replace(soft, q_len=4096))[0] == pytest.approx(64.0, rel=1e-2)
 
 
+def test_one_disturbed_point_does_not_spoil_the_prediction():
+    known = predictor()
+    for length, ms in ((1024, 1.0), (2048, 2.0), (4096, 400.0)):
+        row = {"status": "ok", "ms_median": ms, "limit": "compute"}
+        known.learn(replace(POINT, q_len=length), row)
+    assert known.predict(replace(POINT, q_len=8192))[0] == pytest.approx(8.0)
+
+
 def test_what_does_not_fit_is_skipped_with_its_prediction():
     known = predictor()
     known.learn(POINT, {"status": "ok", "ms_median": 1000.0, "limit": "compute"})
