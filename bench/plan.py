@@ -28,7 +28,7 @@ SOURCES = {
 MARGIN = 1.3  # a prediction may be this much too low
 OVERHEAD_S = 0.7  # of a point besides its calls: inputs, warm-up, samples of a short call
 FIRST_SHARE = 0.05  # share of the limit assumed where nothing has been measured yet
-MEMORY_SHARE = 0.9  # of the free memory that a point may take
+MEMORY_SHARE = 0.75  # of the free memory that a point may take: heaps fragment
 RATIO_FROM_BYTES = 1 << 20  # below, fixed buffers hide how a call's memory grows
 
 
@@ -140,9 +140,9 @@ class Predictor:
         return self.predict(point)[1] <= MEMORY_SHARE * free_bytes
 
     def calls_s(self, point: Point) -> float:
-        """Seconds that a point's calls take at least: one for the check, and the samples."""
+        """Seconds that a point's calls take at least: the check, a warm-up, and the samples."""
         call_s = MARGIN * self.predict(point)[0] / 1e3
-        return (1 + timing.min_samples(call_s)) * call_s
+        return (2 + timing.min_samples(call_s)) * call_s
 
     def cost_s(self, point: Point) -> float:
         """Seconds that a point takes at least in all."""

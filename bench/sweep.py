@@ -29,7 +29,7 @@ from bench.rows import Point, Row
 from bench.worker import Task, Worker, WorkerDied
 
 DEFAULTS = {
-    "cpu": {"heads": 1, "head_dim": 64, "dtype": "float32", "budget": 420, "point_budget": 30},
+    "cpu": {"heads": 1, "head_dim": 64, "dtype": "float32", "budget": 500, "point_budget": 30},
     "cuda": {"heads": 16, "head_dim": 128, "dtype": "bfloat16", "budget": 1500, "point_budget": 90},
 }
 RUNS = plan.ROOT / "results" / "runs"
@@ -294,7 +294,7 @@ class Sweep:
             left_s=self.arguments.budget - self.used_s(),
         )
         if outcome is None:
-            outcome = self.measured(Task(point, self.source, self.ceilings, budget_s))
+            outcome = self.measured(Task(point, self.source, self.ceilings, budget_s, pred_ms))
         return base | outcome | {"ts_utc": _now()}
 
     def free_bytes(self, point: Point) -> int:

@@ -44,6 +44,7 @@ class Task:
     source: Source
     ceilings: timing.Ceilings | None
     budget_s: float
+    expected_ms: float = float("inf")
 
 
 def measure_point(task: Task) -> Row:
@@ -99,6 +100,7 @@ def _measured(task: Task, device: str, start: float) -> Row:
         device=device,
         working_set_bytes=problem.min_bytes(_counted(point)),
         budget_s=left,
+        expected_s=task.expected_ms / 1e3,
     )
     row = {"status": "ok", "reason": None, "first_call_ms": first_call_ms} | timed.statistics()
     row |= accuracy | {"peak_bytes": peak_bytes}

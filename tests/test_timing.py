@@ -52,6 +52,16 @@ def test_a_short_call_is_warmed_up_and_sampled_for_half_a_second(clock):
     assert len(calls) - len(timed.samples) >= timing.WARM_UP_CALLS
 
 
+def test_a_call_that_was_held_up_counts_as_warm_up(clock):
+    durations = iter([40.0, 30.0] + [2.0] * 10)
+
+    def call():
+        clock.now += next(durations)
+
+    timed = timing.measure(call, device="cpu", working_set_bytes=0, budget_s=100, expected_s=2.0)
+    assert timed.samples == pytest.approx([2000.0] * 3)
+
+
 def test_samples_have_an_upper_bound(clock):
     assert len(measure(clock.spend(1e-5), budget_s=100).samples) == timing.MAX_SAMPLES
 
