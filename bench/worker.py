@@ -64,7 +64,7 @@ def measure_point(task: Task) -> Row:
         row = _failure(status, error)
     except Exception as error:  # a peer's kernel may raise anything; it becomes this row
         row = _failure("error", error)
-    if device == "cuda" or resident_bytes() > 2 * (row.get("peak_bytes") or 0) + KEPT_BYTES:
+    if device == "cuda" or holds_too_much(row.get("peak_bytes") or 0):
         calls.release_memory(device)
     return row | {"point_s": round(time.perf_counter() - start, 3)}
 
@@ -187,11 +187,12 @@ def describe_machine(device: str) -> Row:
     return {"machine": machine, "versions": versions}
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds."""
+def holds_too_much(peak_bytes: int) -> bool:
+    """Whether this process keeps far more than its last point took, or a third of the machine's."""
     import psutil
 
-    return psutil.Process().memory_info().rss
+    limit = min(2 * peak_bytes + KEPT_BYTES, psutil.virtual_memory().total // 3)
+    return psutil.Process().memory_info().rss > limit
 
 
 def free_bytes(device: str) -> int:
