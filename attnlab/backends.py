@@ -3,6 +3,7 @@
 The order is the order of preference of a call that names no backend.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -17,6 +18,10 @@ LIGHTNING = ("lightning_attention", "lightning_attention_varlen")
 SOFTMAX = ("softmax_attention", "softmax_attention_with_lse", "softmax_attention_varlen")
 
 _HALF = (torch.float16, torch.bfloat16)
+_HAS_TRITON = find_spec("triton") is not None
+# Triton's own switch: its kernels then run on the CPU, slowly, for tests.
+_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+_TRITON_DIMS = (32, 64, 96, 128, 192, 256)
 
 
 # Import statements, not importlib: a first use may happen while torch.compile traces.
@@ -32,6 +37,12 @@ def _chunked() -> ModuleType:
     return chunked
 
 
+def _triton() -> ModuleType:
+    from attnlab import triton_backend
+
+    return triton_backend
+
+
 def _sdpa() -> ModuleType:
     from attnlab import sdpa
 
@@ -45,6 +56,21 @@ def _fla() -> ModuleType:
 
 
 def _nothing(problem: Problem) -> None:
+    return None
+
+
+def _triton_needs(problem: Problem) -> str | None:
+    if not _HAS_TRITON:
+        return "needs the package triton"
+    if problem.device != "cuda" and not _TRITON_INTERPRETS:
+        return f"needs a CUDA device, got {problem.device}"
+    if problem.dtype == torch.float64:
+        return "has no float64"
+    for dim in (problem.key_dim, problem.value_dim):
+        if dim not in _TRITON_DIMS:
+            return f"needs head dims among {', '.join(map(str, _TRITON_DIMS))}, got {dim}"
+    if problem.decay_requires_grad:
+        return "has no gradient of log_decay"
     return None
 
 
@@ -95,6 +121,13 @@ def _cudnn_needs(problem: Problem) -> str | None:
     reason = _kernel_needs(problem)
     if reason is None and max(problem.key_dim, problem.value_dim) > 128:
         return f"needs head dims up to 128, got {max(problem.key_dim, problem.value_dim)}"
+    if reason is None and problem.kv_len == 1 and problem.num_documents == 1:
+        return "needs more than one key"
+    if reason is None and problem.is_causal and problem.q_len > problem.kv_len:
+        return f"needs a key for each query, got {problem.q_len} and {problem.kv_len}"
+    unequal = problem.is_causal and problem.q_len != problem.kv_len and problem.q_len > 1
+    if reason is None and problem.requires_grad and unequal and problem.num_documents == 1:
+        return "adds up a query's gradient in 16 bits where keys outnumber queries; flash does not"
     return reason
 
 
@@ -122,6 +155,8 @@ def _register(
     )
 
 
+for _op in (*LIGHTNING, "lightning_decode_", "lightning_state"):
+    _register(_op, "triton", _triton, _triton_needs)
 for _op in LIGHTNING:
     _register(_op, "torch", _chunked, _nothing)
     _register(_op, "reference", _reference, _nothing)

@@ -16,6 +16,15 @@ from attnlab.problem import Problem
 from attnlab.testing import assert_as_accurate
 
 MODULES = {
+    **{
+        (op, "triton"): "attnlab.triton_backend"
+        for op in (
+            "lightning_attention",
+            "lightning_attention_varlen",
+            "lightning_decode_",
+            "lightning_state",
+        )
+    },
     ("lightning_attention", "torch"): "attnlab.chunked",
     ("lightning_attention_varlen", "torch"): "attnlab.chunked",
     **{(op, "fla"): "attnlab.fla" for op in ("lightning_attention", "lightning_attention_varlen")},

@@ -1,0 +1,405 @@
+"""Measure the lightning kernels and their peers on one GPU, at the shapes that goals are set for.
+
+    python bench/h200.py --out results/h200 [--only triton,8x16x8K] [--budget 540] [--quick]
+
+Three stages, each left out with `--skip`: "checks" runs the correctness matrix on the GPU (and the
+compute sanitizer on small shapes) and writes `checks.json`; "rows" appends to `rows.jsonl`, ours
+first, what is not measured there yet, until the budget is used up; "table" prints shares of the
+floor beside the goals. So a run that is cut off is continued by the same command.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from attnlab import registry  # noqa: E402
+from attnlab.problem import Problem  # noqa: E402
+from bench import plan, rows, timing  # noqa: E402
+from bench.inputs import Source  # noqa: E402
+from bench.rows import Point, Row  # noqa: E402
+from bench.worker import Task, Worker, WorkerDied, describe_machine  # noqa: E402
+
+PEERS = {
+    "lightning": ("triton", "fla", "fla-fused"),
+    "softmax": ("flash", "cudnn"),
+}
+SOFTMAX_UP_TO = 64 << 10  # tokens: beyond, a call takes seconds to minutes
+STAGES = ("checks", "rows", "table")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the table: a shape, a pass, and the shares of the floor that it must and should reach.
+
+    With `versus_cudnn` they are times relative to that of cuDNN's softmax instead.
+    """
+
+    batch: int
+    heads: int
+    tokens: int
+    dim: int
+    pass_: str
+    must: float
+    goal: float | None
+    layer: str = "0/80"
+    versus_cudnn: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in "1x64x64K.d128.fwd"."""
+        units = {20: "M", 10: "K", 0: ""}
+        shift = next(n for n in units if self.tokens >> n << n == self.tokens >= 1 << n)
+        late = "" if self.layer == "0/80" else f".layer{self.layer.split('/')[0]}"
+        size = f"{self.tokens >> shift}{units[shift]}"
+        return f"{self.batch}x{self.heads}x{size}.d{self.dim}{late}.{self.pass_}"
+
+
+K, M = 1 << 10, 1 << 20
+LINES = [
+    Line(1, 64, 64 * K, 128, "fwd", 0.80, 0.93),
+    Line(1, 64, 64 * K, 128, "bwd", 0.47, 0.60),
+    Line(8, 16, 8 * K, 128, "fwd", 0.82, 0.93),
+    Line(8, 16, 8 * K, 128, "bwd", 0.47, 0.60),
+    Line(1, 16, 1 * M, 128, "fwd", 0.82, 0.93),
+    Line(1, 16, 1 * M, 128, "bwd", 0.44, 0.58),
+    Line(1, 16, 4 * M, 128, "fwd", 0.78, 0.93),
+    Line(1, 16, 4 * M, 128, "bwd", 0.44, 0.58),
+    Line(1, 1, 4 * M, 128, "fwd", 0.82, 0.92),
+    Line(1, 1, 4 * M, 128, "bwd", 0.44, 0.58),
+    Line(1, 64, 4 * K, 128, "fwd", 0.74, 0.88),
+    Line(1, 64, 4 * K, 128, "bwd", 0.40, 0.52),
+    Line(1, 64, 512, 128, "fwd", 0.75, 0.60, versus_cudnn=True),
+    Line(8, 16, 8 * K, 64, "fwd", 0.89, 0.96),
+    Line(8, 16, 8 * K, 64, "bwd", 0.53, 0.62),
+    Line(1, 64, 64 * K, 64, "fwd", 0.85, 0.95),
+    Line(1, 64, 64 * K, 64, "bwd", 0.50, 0.60),
+    Line(256, 64, 512, 128, "decode", 0.80, 0.92),
+    # Almost no decay: at most a third slower than layer 0.
+    Line(1, 16, 1 * M, 128, "fwd", 0.55, None, "78/80"),
+    Line(1, 16, 1 * M, 128, "bwd", 0.29, None, "78/80"),
+    Line(1, 16, 4 * M, 128, "fwd", 0.52, None, "78/80"),
+    Line(1, 1, 4 * M, 128, "fwd", 0.55, None, "78/80"),
+    Line(1, 1, 4 * M, 128, "bwd", 0.29, None, "78/80"),
+]
+QUICK = {"8x16x8K.d128.fwd", "8x16x8K.d128.bwd", "1x64x4K.d128.fwd"}
+
+
+def fla_fused(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **flags: Any) -> Any:
+    """fla's one-kernel form of `chunk_simple_gla`."""
+    from fla.ops.simple_gla import fused_chunk_simple_gla
+
+    output, state = fused_chunk_simple_gla(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        g_gamma=log_decay,
+        scale=flags["scale"],
+        initial_state=flags["initial_state"],
+        output_final_state=flags["return_final_state"],
+    )
+    return output.transpose(1, 2), state
+
+
+def fla_recurrent_(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor, **flags: Any
+) -> Tensor:
+    """fla's decoding step; it returns a new state, whose memory `state` takes over without a copy."""
+    from fla.ops.simple_gla import fused_recurrent_simple_gla
+
+    output, after = fused_recurrent_simple_gla(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        g_gamma=log_decay,
+        scale=flags["scale"],
+        initial_state=state,
+        output_final_state=True,
+    )
+    state.set_(after)
+    return output.transpose(1, 2)
+
+
+def fla_needs(problem: Problem) -> str | None:
+    """What the registry's own record of fla needs."""
+    return registry.why_not("lightning_attention", "fla", problem)
+
+
+# A worker imports this file too, so these peers exist in every process of a run.
+for _op, _backend, _function in (
+    ("lightning_attention", "fla-fused", fla_fused),
+    ("lightning_decode_", "fla", fla_recurrent_),
+):
+    if _backend not in registry.list_backends(_op):
+        registry.register(
+            registry.Impl(
+                op=_op,
+                backend=_backend,
+                load=lambda function=_function: function,
+                why_not=fla_needs,
+                measurement_only=True,
+            )
+        )
+plan.SOURCES.setdefault("fla-fused", ["bench/h200.py"])
+
+
+def points_of(line: Line, device: str) -> Iterator[Point]:
+    """The line's point for each backend that can be timed at its length."""
+    for op, backends in PEERS.items():
+        for backend in backends:
+            if op == "softmax" and (line.tokens > SOFTMAX_UP_TO or line.layer != "0/80"):
+                continue
+            if line.pass_ == "decode" and backend not in ("triton", "fla"):
+                continue
+            yield Point(
+                suite="ops",
+                op=op,
+                backend=backend,
+                pass_=line.pass_,
+                batch=line.batch,
+                heads=line.heads,
+                kv_heads=line.heads,
+                q_len=line.tokens,
+                head_dim=line.dim,
+                value_dim=line.dim,
+                dtype="bfloat16",
+                device=device,
+                layer=line.layer,
+                precision="default",
+                input="random",
+            )
+
+
+def run_checks(folder: Path, budget_s: float) -> None:
+    """Correctness matrix and sanitizer on this GPU; their outcome goes to `checks.json`."""
+    found = {"device": torch.cuda.get_device_name(), "ts_utc": _now()}
+    found["matrix"] = _run_matrix(budget_s)
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    small = [sys.executable, str(ROOT / "bench/h200.py"), "--small-calls"]
+    for check in ("memcheck", "racecheck"):
+        if Path(tool).exists():
+            sanitize = [tool, "--tool", check, *small]
+            found[check] = _outcome(sanitize, budget_s, r"[A-Z]+ SUMMARY.*")
+    rows.write_json(folder / "checks.json", found)
+    print(json.dumps(found, indent=1), flush=True)
+
+
+def _run_matrix(budget_s: float) -> Row:
+    """Tests of the backend, dealt out to processes since most of their time is compilation."""
+    # Without the project's own options, which want plugins that a GPU machine may lack.
+    pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    files = "tests/test_backends.py", "tests/test_triton.py"
+    listing = [*pytest, "--collect-only", "-k", "triton", *files]
+    listed = subprocess.run(listing, capture_output=True, text=True, cwd=ROOT, check=False)
+    tests = [line for line in listed.stdout.splitlines() if "::" in line]
+    if not tests:
+        return {"code": listed.returncode, "tail": (listed.stdout + listed.stderr)[-1500:]}
+    count = min(12, os.cpu_count() or 1, len(tests))
+    with ThreadPoolExecutor(count) as pool:
+        commands = [[*pytest, *tests[n::count]] for n in range(count)]
+        parts = list(pool.map(lambda c: _outcome(c, budget_s, r"\d+ \w+(?=[ ,].*in )"), commands))
+    totals: Counter[str] = Counter()
+    for number, word in (x.split() for part in parts for x in part["summary"]):
+        totals[word] += int(number)
+    failures = [part["tail"] for part in parts if part["code"] != 0]
+    seconds = max(part["seconds"] for part in parts)
+    return {"tests": len(tests), "totals": totals, "seconds": seconds, "failures": failures}
+
+
+def _outcome(command: list[str], budget_s: float, pattern: str) -> Row:
+    start = time.perf_counter()
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=budget_s, cwd=ROOT)
+        code, text = run.returncode, run.stdout + run.stderr
+    except subprocess.TimeoutExpired as error:
+        code, text = None, (error.stdout or b"").decode()
+    last_lines = "\n".join(text.splitlines()[-3:])
+    return {
+        "code": code,
+        "summary": re.findall(pattern, last_lines),
+        "seconds": round(time.perf_counter() - start, 1),
+        "tail": text[-1500:] if code != 0 else None,
+    }
+
+
+def small_calls() -> None:
+    """Forward, backward, packed and decoding calls of odd sizes, for the sanitizer to look at."""
+    import attnlab
+    from attnlab.triton_backend import forced_plan
+
+    g = torch.tensor([-0.3, -0.05], device="cuda")
+    for dim, mode in itertools.product((64, 128), ("single", "halo", "two-pass")):
+        q, k, v = (
+            torch.randn(1, 2, 333, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(3)
+        )
+        with forced_plan(mode, 3):
+            attnlab.lightning_attention(q, k, v, g, backend="triton").output.sum().backward()
+    bounds = torch.tensor([0, 100, 100, 333], device="cuda")
+    attnlab.lightning_attention_varlen(q, k, v, g, bounds, backend="triton")
+    step = [x.detach()[:, :, :1] for x in (q, k, v)]
+    state = torch.zeros(3, 2, dim, dim, device="cuda")
+    slots = torch.tensor([2], device="cuda")
+    attnlab.lightning_decode_(*step, g, state, slots=slots, backend="triton")
+    torch.cuda.synchronize()
+
+
+def measure(folder: Path, lines: list[Line], arguments: argparse.Namespace) -> None:
+    """Append a row for each point that has none yet, one backend after the other."""
+    start, path = time.perf_counter(), folder / "rows.jsonl"
+    device = torch.cuda.get_device_name()
+    described, worker = describe_machine("cuda"), Worker()
+    ceilings: timing.Ceilings = worker.call("ceilings", "cuda", "bfloat16")
+    print(f"{device}: copy {ceilings.copy_gbps:.0f} GB/s, {ceilings.matmul_tflops:.0f} TFLOP/s")
+    done = {r["key"] for r in _rows(path) if r["status"] in ("ok", "failed_accuracy")}
+    points = [p for line in lines for p in points_of(line, device)]
+    order = {b: i for i, b in enumerate(itertools.chain(*PEERS.values()))}
+    for point in sorted(points, key=lambda p: order[p.backend]):
+        key = point.key(plan.fingerprint(point.backend))
+        if key in done or not _selected(point, arguments.only):
+            continue
+        if time.perf_counter() - start > arguments.budget:
+            print("budget used up; run the same command again to go on")
+            break
+        try:
+            row = worker.call(
+                "measure", Task(point, Source("random"), ceilings, arguments.point_budget)
+            )
+        except WorkerDied as death:
+            row = {"status": "error", "reason": str(death)}
+        if row["status"] == "error":
+            worker.close()  # a CUDA context may be unusable now
+        base = {
+            "schema": rows.SCHEMA,
+            "run_id": folder.name,
+            "key": key,
+            "fingerprint": plan.fingerprint(point.backend),
+            **point.fields(),
+            "commit": _commit(),
+            "versions": described["versions"],
+            "pred_ms": None,
+            "pred_bytes": None,
+        }
+        rows.append_row(path, base | row | {"ts_utc": _now()})
+        share = row.get("share_of_limit")
+        result = f"{row['ms_median']:.4f} ms" if row["status"] == "ok" else row["status"]
+        reason = f" ({row['reason']})" if row.get("reason") else ""
+        print(
+            f"{_name(point):28} {point.backend:10} {result}{reason}"
+            + (f" {share:.1%}, error {row['error_rms']:.2e}" if share else ""),
+            flush=True,
+        )
+    worker.close()
+
+
+def _rows(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    rows.mend_last_line(path)
+    return rows.load_rows(path)
+
+
+def _name(point: Point) -> str:
+    shape = point.batch, point.heads, point.q_len, point.head_dim, point.pass_
+    return Line(*shape, 0.0, None, point.layer).name
+
+
+def _selected(point: Point, only: list[str]) -> bool:
+    words = [w for w in only if w in order_of_backends()]
+    shapes = [w for w in only if w not in words]
+    named = not words or point.backend in words
+    return named and (not shapes or any(w in _name(point) for w in shapes))
+
+
+def order_of_backends() -> list[str]:
+    """All backends that a run times, ours first."""
+    return list(itertools.chain(*PEERS.values()))
+
+
+def print_table(path: Path, lines: list[Line]) -> None:
+    """Shares of the floor beside what they must and should be, and the times of the peers."""
+    measured = {(_name_of_row(r), r["backend"]): r for r in _rows(path)}
+    print(f"\n{'shape':26}{'ms':>10}{'share':>8}{'must':>7}{'goal':>7}  verdict  peers (ms)")
+    for line in lines:
+        ours = measured.get((line.name, "triton"))
+        peers = {
+            b: measured[line.name, b]["ms_median"]
+            for b in order_of_backends()[1:]
+            if measured.get((line.name, b), {}).get("status") == "ok"
+        }
+        beside = ", ".join(f"{b} {ms:.4g}" for b, ms in peers.items())
+        if ours is None or ours["status"] != "ok":
+            state = ours["status"] if ours else "not measured"
+            print(f"{line.name:26}{state:>25}{'':>14}           {beside}")
+            continue
+        share = ours["share_of_limit"]
+        holds = share >= line.must
+        if line.versus_cudnn:
+            share = ours["ms_median"] / peers.get("cudnn", math.nan)
+            holds = share <= line.must
+        goal = "-" if line.goal is None else f"{line.goal:.0%}"
+        cells = f"{ours['ms_median']:>10.4f}{share:>8.0%}{line.must:>7.0%}{goal:>7}"
+        print(f"{line.name:26}{cells}  {'holds' if holds else 'MISSED':8} {beside}")
+
+
+def _name_of_row(row: Row) -> str:
+    shape = row["batch"], row["heads"], row["q_len"], row["head_dim"], row["pass"]
+    return Line(*shape, 0.0, None, row["layer"]).name
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def main() -> None:
+    """Run the stages that are not skipped."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "results/h200")
+    parser.add_argument("--only", default="", help="backends and parts of shape names, by comma")
+    parser.add_argument("--skip", default="", help=f"stages among {', '.join(STAGES)}, by comma")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for the rows")
+    parser.add_argument("--point-budget", type=float, default=3.0, help="seconds a point")
+    parser.add_argument("--quick", action="store_true", help="three shapes alone")
+    parser.add_argument("--small-calls", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.small_calls:
+        small_calls()
+        return
+    arguments.only = [w for w in arguments.only.split(",") if w]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    lines = [line for line in LINES if not arguments.quick or line.name in QUICK]
+    skipped = arguments.skip.split(",")
+    if "table" not in skipped and not torch.cuda.is_available():
+        print_table(arguments.out / "rows.jsonl", lines)
+        return
+    if "checks" not in skipped:
+        run_checks(arguments.out, arguments.budget)
+    if "rows" not in skipped:
+        measure(arguments.out, lines, arguments)
+    if "table" not in skipped:
+        print_table(arguments.out / "rows.jsonl", lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Triton kernels of lightning attention; they know nothing of the package that registers them."""

@@ -1,0 +1,166 @@
+"""Launchers of the scans: tables of work units, operands as descriptors or pointers, tiles.
+
+Legend: B batch, H heads, T tokens, K key dim, V value dim, D either; U work units, N chains.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels_triton.lightning.scan import INTERPRETED, prefix_kernel, scan_kernel
+from kernels_triton.tiles import Tile, padded, scan_tile
+
+
+class Schedule(NamedTuple):
+    """Work units on the device, int32, and what they share; the longest come first.
+
+    A row of `units` or `state_units` `[U, 9]`: batch, head, first token, end, warm chunks, tokens
+    after those, row of the initial states (-1: zero), row of the workspace (-1: zero), row of the
+    final states (-1: not kept). A scan forward in time reads from the first token up, one backward
+    in time from the end down. With `heads_per_row` > 1 a row stands for that many heads, and its
+    state rows are those of the first. `state_units` are the first pass: their final states go to
+    the workspace. A row of `chains` `[N, 5]`: head, row of the initial states, first workspace row,
+    number of workspace rows, chunks a row.
+    """
+
+    units: Tensor
+    heads_per_row: int
+    state_units: Tensor | None = None
+    chains: Tensor | None = None
+    num_workspace_rows: int = 0
+
+
+class Scan(NamedTuple):
+    """Operands `[B, H, T, D]` of one scan and where its result goes, `[B, H, T, D]` contiguous."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    out: Tensor
+
+
+class States(NamedTuple):
+    """States `[rows, K, V]` float32 that the scans of one direction in time start from."""
+
+    initial: Tensor | None = None
+    workspace: Tensor | None = None
+
+
+NO_STATES = States()
+
+
+def _operand(x: Tensor, tile: Tile, cols: int, tma: bool) -> object:
+    if tma:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile.chunk, cols])
+    return x, x.stride(0), x.stride(1), x.stride(2)
+
+
+def _fits_tma(x: Tensor) -> bool:
+    """Whether the copy engine takes the tensor: it wants addresses in steps of 16 bytes.
+
+    The interpreter multiplies a descriptor's strides in 32 bits, so long ones go by pointers.
+    """
+    steps = [stride * x.element_size() for stride in x.stride()[:3]]
+    if INTERPRETED.value and max(s * n for s, n in zip(steps, x.shape, strict=False)) >= 2**31:
+        return False
+    return x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def tile_of(
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+    *,
+    backward: bool = False,
+) -> Tile:
+    """Tile of the scans of a call, the same for all of them so that they share a schedule."""
+    kind = "float32" if dtype == torch.float32 else "16-bit"
+    if precision == "high" and kind == "16-bit":
+        kind = "high"
+    if INTERPRETED.value and kind == "float32":
+        kind = "16-bit"  # float32's small tiles serve registers, and make the interpreter slow
+    if backward and kind == "16-bit":
+        kind = "16-bit backward"
+    return scan_tile(max(key_dim, value_dim), kind, _capability(device))
+
+
+def launch_scans(
+    scans: list[Scan],
+    units: Tensor,
+    heads_per_row: int,
+    log_decay: Tensor,
+    tile: Tile,
+    *,
+    num_back: int = 0,
+    num_key: int = 0,
+    forward_states: States = NO_STATES,
+    back_states: States = NO_STATES,
+    final: Tensor | None = None,
+    first_kept: int = 0,
+    scale: float = 1.0,
+    precision: str = "default",
+    output: bool = True,
+) -> None:
+    """Run up to three scans of the same shape in one grid.
+
+    The last `num_back` run backward in time; the first `num_key` have keys (or gradients of keys)
+    as c. Scans from `first_kept` on leave their last states in `final`. Without `output` only
+    states are computed, and a and out are not touched.
+    """
+    _, b, c, out = scans[0]
+    block_b, num_scans = padded(b.shape[3]), len(scans)
+    tma = _capability(b.device) >= 9 and all(_fits_tma(x) for scan in scans for x in scan)
+    operands: list[object] = []
+    for scan in scans:
+        operands += [_operand(x, tile, block_b, tma) for x in (scan.a, scan.b)]
+        operands += [_operand(x, tile, tile.width, tma) for x in (scan.c, scan.out)]
+        operands.append(scan.out)
+    operands += [None] * (15 - len(operands))
+    grid = (units.shape[0] * heads_per_row * num_scans * triton.cdiv(c.shape[3], tile.width),)
+    scan_kernel[grid](
+        *operands, units, log_decay, *forward_states, *back_states, final,
+        scale, heads_per_row, out.shape[1], out.shape[2],
+        NUM_SCANS=num_scans, FIRST_BACK=num_scans - num_back, NUM_KEY_SCANS=num_key,
+        FIRST_KEPT=first_kept,
+        DB=b.shape[3], DC=c.shape[3], BB=block_b, BC=tile.width, C=tile.chunk,
+        NUM_STAGES=tile.num_stages, OUTPUT=output, TMA=tma,
+        PRECISION="tf32" if precision == "tf32" else "ieee",
+        SPLIT=precision == "high" and b.dtype.itemsize == 2,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def entering_states(
+    scan: Scan,
+    log_decay: Tensor,
+    schedule: Schedule,
+    tile: Tile,
+    initial: Tensor | None,
+    *,
+    back: bool,
+    scale: float,
+    precision: str,
+) -> Tensor | None:
+    """First of two passes: states `[rows, K, V]` that enter the segments, None where unneeded."""
+    if schedule.state_units is None or schedule.chains is None:
+        return None
+    size = scan.b.shape[3] * scan.c.shape[3]
+    states = log_decay.new_empty(schedule.num_workspace_rows, size)
+    launch_scans(
+        [scan], schedule.state_units, 1, log_decay, tile,
+        num_back=int(back), final=states, scale=scale, precision=precision, output=False,
+    )  # fmt: skip
+    block = min(1024, triton.next_power_of_2(size))
+    prefix_kernel[(schedule.chains.shape[0], triton.cdiv(size, block))](
+        states, schedule.chains, log_decay, initial, SIZE=size, BLOCK=block, C=tile.chunk
+    )
+    return states

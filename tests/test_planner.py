@@ -1,0 +1,159 @@
+"""Plans cover every token of every head once, start from the right states, and share the work."""
+
+import itertools
+import math
+
+import pytest
+
+from attnlab.decay import minimax_log_decay
+from attnlab.planner import HALO_EXPONENT, MODES, Machine, halo_chunks, plan
+
+CHUNK = 64
+H200 = Machine(slots=132, programs_per_unit=1, chunk=CHUNK)
+ONE = Machine(slots=1, programs_per_unit=1, chunk=CHUNK)
+DECAYS = [0.0, -0.003, -0.4]
+LENGTHS = {
+    "dense": [5000, 5000],
+    "odd": [4097, 64, 63, 1, 0, 700],
+    "one_token": [1],
+    "empty": [0],
+    "no_sequence": [],
+}
+
+
+def units_by_head(planned, sequence, head):
+    own = [u for u in planned.units if u.sequence == sequence and u.head == head]
+    return sorted(own, key=lambda u: u.start + u.warm * CHUNK)
+
+
+def assert_sound(planned, lengths, decays):
+    """Every token is given once, and each unit starts from what came before it."""
+    heads = range(len(decays)) if planned.heads_per_unit == 1 else [0]
+    for (sequence, tokens), head in itertools.product(enumerate(lengths), heads):
+        units = units_by_head(planned, sequence, head)
+        position = 0
+        for unit in units:
+            first = unit.start + unit.warm * CHUNK
+            assert first == position and unit.start >= 0 and unit.warm >= 0
+            assert unit.tokens > 0 or tokens == 0
+            position = first + unit.tokens
+            assert unit.is_last == (position == tokens)
+            if not unit.is_last:
+                assert position % CHUNK == 0
+            missed = unit.start
+            if unit.workspace_row >= 0:
+                assert not unit.from_initial and unit.warm == 0
+                chain = next(c for c in planned.chains if c[:2] == (sequence, head))
+                row = unit.workspace_row - chain.first_row
+                assert row * chain.chunks_per_row * CHUNK == unit.start
+            elif unit.from_initial:
+                assert missed == 0
+            else:
+                assert decays[head] * unit.warm * CHUNK <= -HALO_EXPONENT
+        assert position == tokens
+
+
+def assert_chains_are_filled(planned):
+    rows = [r for c in planned.chains for r in range(c.first_row, c.first_row + c.num_rows)]
+    assert rows == list(range(planned.num_workspace_rows))
+    written = {u.workspace_row: u for u in planned.state_units}
+    assert len(written) == len(planned.state_units)
+    for chain in planned.chains:
+        tokens = chain.chunks_per_row * CHUNK
+        for i in range(chain.num_rows - 1):
+            unit = written.pop(chain.first_row + i)
+            assert unit[:5] == (chain.sequence, chain.head, i * tokens, 0, tokens)
+    assert not written
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("segments", [None, 2, 5])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_every_token_is_given_once_from_the_right_state(lengths, segments, mode):
+    planned = plan(LENGTHS[lengths], DECAYS, H200, mode=mode, num_segments=segments)
+    assert_sound(planned, LENGTHS[lengths], DECAYS)
+    assert_chains_are_filled(planned)
+    if mode in ("single", "halo"):
+        assert not planned.chains and not planned.state_units
+    if mode == "single":
+        assert planned.heads_per_unit == len(DECAYS)
+    if segments and planned.heads_per_unit == 1:
+        counts = [
+            len(units_by_head(planned, n, h))
+            for n in range(len(LENGTHS[lengths]))
+            for h in range(len(DECAYS))
+        ]
+        assert max(counts) <= segments
+
+
+def test_a_forced_two_pass_uses_the_workspace_for_every_long_head():
+    planned = plan([5000, 30], DECAYS, H200, mode="two-pass", num_segments=4)
+    assert [c[:2] for c in planned.chains] == [(0, 0), (0, 1), (0, 2)]
+    assert all(u.workspace_row < 0 for u in planned.units if u.sequence == 1)
+
+
+def test_a_halo_reaches_back_to_a_float32_rounding():
+    for slope in (1.0, 0.4, 0.0039, 5e-5):
+        chunks = halo_chunks(-slope, CHUNK)
+        assert math.exp(-slope * chunks * CHUNK) <= 2.0**-24
+        assert math.exp(-slope * (chunks - 1) * CHUNK) > 2.0**-24
+    assert halo_chunks(0.0, CHUNK) == math.inf
+
+
+def cost(unit):
+    return unit.tokens / CHUNK + 0.5 * unit.warm
+
+
+SHAPES = [  # batch, heads, tokens, programs a unit, longest over ideal
+    (1, 16, 1 << 20, 1, 1.05),
+    (1, 16, 1 << 22, 1, 1.05),
+    (1, 1, 1 << 22, 1, 1.08),
+    (1, 64, 1 << 16, 1, 1.08),
+    (1, 64, 1 << 16, 3, 1.08),
+    (1, 1, 1 << 22, 3, 1.08),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_few_heads_fill_the_machine(shape):
+    batch, heads, tokens, programs, slack = shape
+    decays = minimax_log_decay(heads, 0, 80).tolist()
+    machine = Machine(slots=132, programs_per_unit=programs, chunk=CHUNK)
+    planned = plan([tokens] * batch, decays, machine)
+    ideal = batch * heads * tokens / CHUNK * programs / machine.slots
+    waves = math.ceil(len(planned.units) * planned.heads_per_unit * programs / machine.slots)
+    assert waves * max(map(cost, planned.units)) < slack * ideal
+    assert not planned.chains  # layer 0 decays fast enough
+
+
+@pytest.mark.parametrize("heads", [1, 16])
+def test_a_late_layer_loses_a_third_at_most(heads):
+    tokens = 1 << 22 if heads == 1 else 1 << 20
+    planned = plan([tokens], minimax_log_decay(heads, 78, 80).tolist(), H200)
+    ideal = heads * tokens / CHUNK / H200.slots
+    first_pass = sum(map(cost, planned.state_units)) * 0.5 / H200.slots
+    assert max(map(cost, planned.units)) + first_pass <= 1.51 * ideal
+    assert planned.chains
+
+
+def test_many_heads_and_many_documents_stay_whole():
+    assert plan([8192] * 8, [-0.1] * 16, H200).heads_per_unit == 16
+    documents = [200 + 7 * i for i in range(2000)]
+    planned = plan(documents, [-0.1] * 64, H200)
+    assert planned.heads_per_unit == 64
+    assert [u.tokens for u in planned.units] == sorted(documents, reverse=True)
+
+
+def test_one_long_document_is_cut_between_short_ones():
+    planned = plan([1 << 20] + [300] * 50, [-0.1] * 4, H200)
+    assert len(units_by_head(planned, 0, 0)) > 8
+    assert len(units_by_head(planned, 1, 0)) == 1
+
+
+def test_one_slot_needs_no_segments():
+    assert plan([1 << 20], DECAYS, ONE).heads_per_unit == len(DECAYS)
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="expected a mode among single, halo, two-pass"):
+        plan([64], DECAYS, H200, mode="both")
