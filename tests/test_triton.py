@@ -323,6 +323,8 @@ def test_why_not_says_what_is_missing():
 SPILLS_ALLOWED = {
     (9, "16-bit", 128): 20,
     (9, "16-bit", 256): 80,
+    (9, "16-bit backward", 128): 20,
+    (9, "16-bit backward", 256): 80,
     (9, "high", 32): 0,
     (9, "high", 128): 40,
     (9, "high", 256): 150,
