@@ -21,7 +21,8 @@ WARM_UP_S, WARM_UP_CALLS = 0.025, 3
 SAMPLING_S = 0.5
 MAX_SAMPLES = 200
 CALLS_PER_GRAPH = 16
-HELD_UP, MAX_HELD_UP = 3.0, 3  # times the expected duration; calls that may take that long
+HELD_UP, MAX_HELD_UP = 1.5, 4  # times the expected duration; calls that may take that long
+STEADY = 0.8  # of the call before: a call that takes longer than this isn't getting faster
 BUSY_CYCLES = 1_500_000  # of the GPU, about a millisecond: longer than it takes to launch a call
 CEILING_ROUNDS, CEILING_SAMPLES, CEILING_PAUSE_S = 4, 8, 1.0
 
@@ -76,12 +77,16 @@ def measure(
     """Time a call that has run before; takes about `budget_s` at most, but one sample always.
 
     A call that takes far longer than `expected_s` was held up, for instance by a virtual machine
-    that fetches back idle memory: it counts as warm-up, and the samples begin after it.
+    that fetches back idle memory: it counts as warm-up, and the samples begin after it. One that
+    takes as long again is no accident, whatever was expected.
     """
     if device == "cpu":
+        before = float("inf")
         for _ in range(MAX_HELD_UP):
-            if _wall_sample(call, None) < HELD_UP * expected_s:
+            took = _wall_sample(call, None)
+            if took < HELD_UP * expected_s or took > STEADY * before:
                 break
+            before = took
         return _sample(call, _wall_sample, "wall", budget_s, None)
     flush = cache_flush(working_set_bytes)
     if _event_sample(call, flush) < GRAPH_BELOW_S:

@@ -62,6 +62,17 @@ def test_a_call_that_was_held_up_counts_as_warm_up(clock):
     assert timed.samples == pytest.approx([2000.0] * 3)
 
 
+def test_a_call_that_is_slower_than_expected_is_timed_all_the_same(clock):
+    calls = []
+
+    def call():
+        calls.append(clock.now)
+        clock.now += 5.0
+
+    timed = timing.measure(call, device="cpu", working_set_bytes=0, budget_s=100, expected_s=2.0)
+    assert timed.samples == pytest.approx([5000.0] * 3) and len(calls) == 2 + 3
+
+
 def test_samples_have_an_upper_bound(clock):
     assert len(measure(clock.spend(1e-5), budget_s=100).samples) == timing.MAX_SAMPLES
 
