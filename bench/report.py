@@ -95,9 +95,12 @@ def alert(rows: list[Row]) -> list[doc.Block]:
 
 
 def configuration_blocks(rows: list[Row], pictures: dict[str, Path]) -> list[doc.Block]:
-    """Findings, tables and figures of the rows of one shape, type and device."""
+    """Findings, figures and tables of the rows of one shape, type and device."""
     blocks = [doc.Heading(2, "Findings"), doc.Text(f"Measured with {describe(rows)}.")]
     blocks += [doc.Bullets(findings(rows))]
+    blocks += [doc.Heading(2, "Figures")] if pictures else []
+    titles = {name: QUANTITIES[name].title for name in pictures}
+    blocks += [doc.Picture(p, titles[name], CAPTIONS[name]) for name, p in pictures.items()]
     exponents, crossovers = exponent_table(rows), crossover_table(rows)
     if exponents.rows:
         blocks += [doc.Heading(2, "Exponents and shares of the terms"), exponents]
@@ -105,9 +108,7 @@ def configuration_blocks(rows: list[Row], pictures: dict[str, Path]) -> list[doc
         blocks += [doc.Heading(2, "Crossovers of softmax and lightning"), crossovers]
     for words, lines in passes_of(rows):
         blocks += [doc.Heading(2, f"Times, {words}"), time_table(lines)]
-    blocks += [doc.Heading(2, "Figures")] if pictures else []
-    titles = {name: QUANTITIES[name].title for name in pictures}
-    return blocks + [doc.Picture(p, titles[name], CAPTIONS[name]) for name, p in pictures.items()]
+    return blocks
 
 
 def method_blocks(rows: list[Row], manifest: dict) -> list[doc.Block]:
