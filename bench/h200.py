@@ -10,7 +10,6 @@ floor beside the goals. So a run that is cut off is continued by the same comman
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import math
@@ -37,7 +36,7 @@ from attnlab.problem import Problem  # noqa: E402
 from bench import plan, rows, timing  # noqa: E402
 from bench.inputs import Source  # noqa: E402
 from bench.rows import Point, Row  # noqa: E402
-from bench.worker import Task, Worker, WorkerDied, describe_machine  # noqa: E402
+from bench.worker import Task, Worker, describe_machine  # noqa: E402
 
 PEERS = {
     "lightning": ("triton", "fla", "fla-fused"),
@@ -187,7 +186,7 @@ def points_of(line: Line, device: str) -> Iterator[Point]:
 
 def run_checks(folder: Path, budget_s: float) -> None:
     """Correctness matrix and sanitizer on this GPU; their outcome goes to `checks.json`."""
-    found = {"device": torch.cuda.get_device_name(), "ts_utc": _now()}
+    found = {"device": torch.cuda.get_device_name(), "ts_utc": rows.now_utc()}
     found["matrix"] = _run_matrix(budget_s)
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     small = [sys.executable, str(ROOT / "bench/h200.py"), "--small-calls"]
@@ -264,47 +263,35 @@ def measure(folder: Path, lines: list[Line], arguments: argparse.Namespace) -> N
     start, path = time.perf_counter(), folder / "rows.jsonl"
     device = torch.cuda.get_device_name()
     described, worker = describe_machine("cuda"), Worker()
+    origin = rows.Origin(
+        run_id=folder.name, commit=rows.git_commit(), versions=described["versions"]
+    )
     ceilings: timing.Ceilings = worker.call("ceilings", "cuda", "bfloat16")
     print(f"{device}: copy {ceilings.copy_gbps:.0f} GB/s, {ceilings.matmul_tflops:.0f} TFLOP/s")
     done = {r["key"] for r in _rows(path) if r["status"] in ("ok", "failed_accuracy")}
     points = [p for line in lines for p in points_of(line, device)]
-    order = {b: i for i, b in enumerate(itertools.chain(*PEERS.values()))}
-    for point in sorted(points, key=lambda p: order[p.backend]):
-        key = point.key(plan.fingerprint(point.backend))
-        if key in done or not _selected(point, arguments.only):
+    order = order_of_backends()
+    for point in sorted(points, key=lambda p: order.index(p.backend)):
+        fingerprint = plan.fingerprint(point.backend)
+        if point.key(fingerprint) in done or not _selected(point, arguments.only):
             continue
         if time.perf_counter() - start > arguments.budget:
             print("budget used up; run the same command again to go on")
             break
-        try:
-            row = worker.call(
-                "measure", Task(point, Source("random"), ceilings, arguments.point_budget)
-            )
-        except WorkerDied as death:
-            row = {"status": "error", "reason": str(death)}
-        if row["status"] == "error":
-            worker.close()  # a CUDA context may be unusable now
-        base = {
-            "schema": rows.SCHEMA,
-            "run_id": folder.name,
-            "key": key,
-            "fingerprint": plan.fingerprint(point.backend),
-            **point.fields(),
-            "commit": _commit(),
-            "versions": described["versions"],
-            "pred_ms": None,
-            "pred_bytes": None,
-        }
-        rows.append_row(path, base | row | {"ts_utc": _now()})
-        share = row.get("share_of_limit")
-        result = f"{row['ms_median']:.4f} ms" if row["status"] == "ok" else row["status"]
-        reason = f" ({row['reason']})" if row.get("reason") else ""
-        print(
-            f"{_name(point):28} {point.backend:10} {result}{reason}"
-            + (f" {share:.1%}, error {row['error_rms']:.2e}" if share else ""),
-            flush=True,
-        )
+        task = Task(point, Source("random"), ceilings, arguments.point_budget)
+        row = origin.row(point, fingerprint, worker.measure(task))
+        rows.append_row(path, row)
+        print(_line_of(point, row), flush=True)
     worker.close()
+
+
+def _line_of(point: Point, row: Row) -> str:
+    result = f"{row['ms_median']:.4f} ms" if row["status"] == "ok" else row["status"]
+    if row.get("reason"):
+        result += f" ({row['reason']})"
+    if row.get("share_of_limit"):
+        result += f" {row['share_of_limit']:.1%}, error {row['error_rms']:.2e}"
+    return f"{_name(point):28} {point.backend:10} {result}"
 
 
 def _rows(path: Path) -> list[Row]:
@@ -360,16 +347,6 @@ def print_table(path: Path, lines: list[Line]) -> None:
 def _name_of_row(row: Row) -> str:
     shape = row["batch"], row["heads"], row["q_len"], row["head_dim"], row["pass"]
     return Line(*shape, 0.0, None, row["layer"]).name
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return run.stdout.strip() or None
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def main() -> None:

@@ -3,9 +3,11 @@
 The fields are described in results/README.md.
 """
 
+import datetime
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +46,59 @@ class Point:
         """Identity of the point, given the sources that it runs."""
         text = json.dumps([self.fields(), fingerprint], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the rows of one run come from: its name, its commit, the versions that it ran on."""
+
+    run_id: str
+    commit: str | None
+    versions: Row
+
+    def row(
+        self,
+        point: Point,
+        fingerprint: str,
+        outcome: Row,
+        *,
+        pred_ms: float | None = None,
+        pred_bytes: int | None = None,
+    ) -> Row:
+        """Whole row of a point, from what was found (or why nothing was) and what was predicted."""
+        base = {
+            "schema": SCHEMA,
+            "run_id": self.run_id,
+            "key": point.key(fingerprint),
+            "fingerprint": fingerprint,
+            **point.fields(),
+            "commit": self.commit,
+            "versions": self.versions,
+            "pred_ms": pred_ms,
+            "pred_bytes": pred_bytes,
+        }
+        return base | outcome | {"ts_utc": now_utc()}
+
+
+def git_commit() -> str | None:
+    """Commit of the tree, `-dirty` if it differs from it; None outside a repository."""
+
+    def git(*words: str) -> str:
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def now_utc() -> str:
+    """Time of day in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def append_row(path: Path, row: Row) -> None:

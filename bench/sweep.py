@@ -10,7 +10,6 @@ import datetime
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from bench.calls import OPS, PASSES
 from bench.inputs import Source, check_corpus
 from bench.report import write_report
 from bench.rows import Point, Row
-from bench.worker import Task, Worker, WorkerDied
+from bench.worker import Task, Worker
 
 DEFAULTS = {
     "cpu": {"heads": 1, "head_dim": 64, "dtype": "float32", "budget": 500, "point_budget": 30},
@@ -153,21 +152,6 @@ def open_folder(arguments: argparse.Namespace) -> tuple[Path, list[Row]]:
     return folder, rows.load_rows(file)
 
 
-def git_commit() -> str | None:
-    """Commit of the tree, `-dirty` if it differs from it; None outside a repository."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=plan.ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        dirty = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 class Progress:
     """A bar with the point in hand on a terminal, a line a finished point elsewhere."""
 
@@ -226,7 +210,11 @@ class Sweep:
     def __post_init__(self) -> None:
         self.workers: dict[str, Worker] = {}
         self.started = time.perf_counter()
-        self.commit = git_commit()
+        self.origin = rows.Origin(
+            run_id=self.folder.name,
+            commit=rows.git_commit(),
+            versions=self.described["versions"],
+        )
         self.source = Source(self.arguments.input, self.arguments.corpus, self.arguments.seed)
         dtype = self.arguments.dtype
         self.ceilings = self.control.call("ceilings", self.arguments.device, dtype)
@@ -243,10 +231,10 @@ class Sweep:
         }
         content = self.described | {
             "argv": sys.argv[1:],
-            "commit": self.commit,
+            "commit": self.origin.commit,
             "settings": settings,
             "ceilings": {self.arguments.dtype: vars(self.ceilings)},
-            "finished": _now() if finished else None,
+            "finished": rows.now_utc() if finished else None,
             "budget_used_s": round(self.used_s(), 1),
         }
         rows.write_json(self.folder / "manifest.json", content)
@@ -263,7 +251,7 @@ class Sweep:
             row = done.get(key)
             if row is None or row["status"].startswith("skipped"):
                 progress.begin(point)
-                row = self.row_of(point, key, every[number:])
+                row = self.row_of(point, every[number:])
                 rows.append_row(self.folder / "rows.jsonl", row)
                 progress.finish(point, row)
             self.predictor.learn(point, row)
@@ -271,20 +259,9 @@ class Sweep:
         progress.stop()
         return collected
 
-    def row_of(self, point: Point, key: str, later: list[Point]) -> Row:
+    def row_of(self, point: Point, later: list[Point]) -> Row:
         """Row of one point: skipped with a reason, or measured in the worker of its backend."""
         pred_ms, pred_bytes = self.predictor.predict(point)
-        base = {
-            "schema": rows.SCHEMA,
-            "run_id": self.folder.name,
-            "key": key,
-            "fingerprint": plan.fingerprint(point.backend),
-            **point.fields(),
-            "commit": self.commit,
-            "versions": self.described["versions"],
-            "pred_ms": pred_ms,
-            "pred_bytes": pred_bytes,
-        }
         budget_s = self.arguments.point_budget
         outcome = self.predictor.skip(
             point,
@@ -294,8 +271,11 @@ class Sweep:
             left_s=self.arguments.budget - self.used_s(),
         )
         if outcome is None:
-            outcome = self.measured(Task(point, self.source, self.ceilings, budget_s, pred_ms))
-        return base | outcome | {"ts_utc": _now()}
+            worker = self.workers.setdefault(_worker_name(point), Worker(self.in_process))
+            task = Task(point, self.source, self.ceilings, budget_s, pred_ms)
+            outcome = worker.measure(task)
+        fingerprint = plan.fingerprint(point.backend)
+        return self.origin.row(point, fingerprint, outcome, pred_ms=pred_ms, pred_bytes=pred_bytes)
 
     def free_bytes(self, point: Point) -> int:
         """Memory that the point may fill, once other workers gave back what it needs of theirs."""
@@ -308,23 +288,6 @@ class Sweep:
                 worker.call("release", device)
         return self.control.call("free_bytes", device)
 
-    def measured(self, task: Task) -> Row:
-        """Measured fields, or what became of the worker."""
-        worker = self.workers.setdefault(_worker_name(task.point), Worker(self.in_process))
-        start = time.perf_counter()
-        try:
-            row = worker.call("measure", task)
-        except WorkerDied as death:
-            killed = death.exitcode == -signal.SIGKILL
-            row = {
-                "status": "out_of_memory" if killed else "error",
-                "reason": f"{death}, most likely for want of memory" if killed else str(death),
-                "point_s": time.perf_counter() - start,
-            }
-        if row["status"] == "error":
-            worker.close()  # a CUDA context may be unusable now; the next point gets a new one
-        return row
-
     def close(self) -> None:
         """End the workers."""
         for worker in (self.control, *self.workers.values()):
@@ -333,10 +296,6 @@ class Sweep:
 
 def _worker_name(point: Point) -> str:
     return f"{point.op}.{point.backend}"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def main(argv: list[str]) -> int:
@@ -353,7 +312,7 @@ def main(argv: list[str]) -> int:
     in_process = "TORCHELASTIC_RUN_ID" in os.environ
     control = Worker(in_process)
     described = control.call("describe", arguments.device)
-    described["started"] = _now()
+    described["started"] = rows.now_utc()
     spent_s = sum(row.get("point_s") or 0.0 for row in earlier)
     sweep = Sweep(arguments, folder, described, control, in_process, spent_s)
     signal.signal(signal.SIGINT, lambda *_: setattr(sweep, "stopping", True))

@@ -153,13 +153,26 @@ def compute_and_measure(call: calls.Call, device: str) -> tuple[calls.Results, i
         torch.cuda.reset_peak_memory_stats()
         results = call.compute()
         return results, torch.cuda.max_memory_allocated() - before
-    # The profiler's record of allocations, since a process's size also counts what it has freed.
+    results, sizes = trace_allocations(call.compute)
+    return results, call.input_bytes + peak_bytes(sizes)
+
+
+def trace_allocations(compute: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """Result of a function on the CPU, and what it allocates in order of time, in bytes.
+
+    What is freed counts as negative. From the profiler's record, since a process's size also counts
+    what it has freed.
+    """
     with torch.profiler.profile(profile_memory=True) as profile:
-        results = call.compute()
+        result = compute()
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    allocated = itertools.accumulate((size for _, size in changes), initial=0)
-    return results, call.input_bytes + max(allocated)
+    return result, [size for _, size in changes]
+
+
+def peak_bytes(sizes: list[int]) -> int:
+    """Most that is held at once, of what `trace_allocations` found."""
+    return max(itertools.accumulate(sizes, initial=0))
 
 
 def describe_machine(device: str) -> Row:
@@ -248,6 +261,22 @@ class Worker:
             self._process.join()
             exitcode, self._process = self._process.exitcode, None
             raise WorkerDied(exitcode) from None
+
+    def measure(self, task: Task) -> Row:
+        """Measured fields of a point's row, or what became of the process."""
+        start = time.perf_counter()
+        try:
+            row = self.call("measure", task)
+        except WorkerDied as death:
+            killed = death.exitcode == -signal.SIGKILL
+            row = {
+                "status": "out_of_memory" if killed else "error",
+                "reason": f"{death}, most likely for want of memory" if killed else str(death),
+                "point_s": time.perf_counter() - start,
+            }
+        if row["status"] == "error":
+            self.close()  # a CUDA context may be unusable now; the next point gets a new one
+        return row
 
     @property
     def is_running(self) -> bool:

@@ -5,6 +5,7 @@ import torch
 
 import attnlab
 from attnlab import chunked
+from bench.worker import peak_bytes, trace_allocations
 
 
 def inputs(T, H=2, K=16, V=16, dtype=torch.float64):
@@ -37,20 +38,8 @@ def test_the_custom_op_passes_opcheck(T):
     torch.library.opcheck(op, (q, k, v, g, None, bounds, 0.5, True))
 
 
-def allocated_bytes(run):
-    """Largest single allocation and peak of all, bytes."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = total = 0
-    for size in sizes:
-        total += size
-        peak = max(peak, total)
-    return max(sizes), peak
-
-
 def test_memory_grows_with_the_length_and_nothing_square_is_allocated():
-    def peak(T):
+    def largest_and_peak(T):
         q, k, v, g = inputs(T, H=1, dtype=torch.float32)
         for x in (q, k, v):
             x.requires_grad_()
@@ -60,10 +49,11 @@ def test_memory_grows_with_the_length_and_nothing_square_is_allocated():
             torch.autograd.grad(output.sum(), (q, k, v))
 
         run()
-        return allocated_bytes(run)
+        _, sizes = trace_allocations(run)
+        return max(sizes), peak_bytes(sizes)
 
     # Buffers of a segment and their like do not grow at all; tensors of T x D do, and no others.
-    (largest, total), (largest_4, total_4) = peak(8192), peak(4 * 8192)
+    (largest, total), (largest_4, total_4) = (largest_and_peak(T) for T in (8192, 4 * 8192))
     tensor = 8192 * 16 * 4
     assert largest_4 <= 4 * tensor + 2**16
     assert total_4 - total <= 3 * 8 * tensor

@@ -94,6 +94,17 @@ def test_a_short_run_leaves_rows_a_manifest_and_a_report(finished):
         assert (finished / name).stat().st_size > 0
 
 
+def test_a_row_says_where_it_comes_from(finished):
+    rows = load_rows(finished / "rows.jsonl")
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    assert {row["run_id"] for row in rows} == {finished.name}
+    assert {(row["commit"] or "").removesuffix("-dirty") for row in rows} == {head}
+    started = json.loads((finished / "manifest.json").read_text())["started"]
+    assert all(row["ts_utc"] >= started for row in rows)
+
+
 def test_documented_fields_are_those_of_a_row(finished):
     row = next(r for r in load_rows(finished / "rows.jsonl") if r["status"] == "ok")
     text = (ROOT / "results" / "README.md").read_text()
@@ -156,16 +167,16 @@ def test_what_does_not_fit_is_a_row_with_a_prediction(tmp_path):
     assert all("ms_median" not in r for r in skipped)
 
 
-@pytest.mark.parametrize("how", ["kill", "exit"])
-def test_a_worker_that_dies_costs_one_row(how, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("how", "status"), [(signal.SIGKILL, "out_of_memory"), (signal.SIGTERM, "error")], ids=str
+)
+def test_a_worker_that_dies_costs_one_row(how, status):
     from bench import worker
 
-    action = {"kill": signal.SIGKILL, "exit": signal.SIGTERM}[how]
     one = worker.Worker()
     one.call("free_bytes", "cpu")
-    os.kill(one._process.pid, action)
-    with pytest.raises(worker.WorkerDied) as death:
-        one.call("free_bytes", "cpu")
-    assert death.value.exitcode == -action
+    os.kill(one._process.pid, how)
+    row = one.measure(None)  # a dead process reads no task
+    assert row["status"] == status and f"exit code {-how:d}" in row["reason"]
     assert one.call("free_bytes", "cpu") > 0
     one.close()
