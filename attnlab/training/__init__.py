@@ -1,0 +1,1 @@
+"""Training of the hybrid model: tokens, packed documents, the optimiser, and one loop."""
