@@ -119,7 +119,7 @@ def load(model: HybridLM, path: str | Path, *, device: torch.device | str | None
         with shards.pop(name) as shard, torch.no_grad():
             for piece in [expected[key] for key in shard.offset_keys() if key in expected]:
                 weight = model.get_parameter(piece.parameter)
-                weight[piece.index].copy_(shard.get_tensor(piece.name))
+                weight[piece.part].copy_(shard.get_tensor(piece.name))
 
 
 def read_config(path: str | Path) -> HybridConfig:
@@ -147,7 +147,7 @@ def _write_shard(model: nn.Module, shard: list[Piece], file: Path) -> None:
 
     # Nothing is copied where the model is on the CPU and its parameters contiguous.
     tensors = {
-        piece.name: model.get_parameter(piece.parameter).detach()[piece.index].cpu().contiguous()
+        piece.name: model.get_parameter(piece.parameter).detach()[piece.part].cpu().contiguous()
         for piece in shard
     }
     try:

@@ -25,11 +25,11 @@ MAX_SHARD_BYTES = 2**31
 
 
 class Piece(NamedTuple):
-    """A tensor of a file: the part `index` of a parameter, all of it where the index is empty."""
+    """A tensor of a file: what `part` indexes of a parameter, all of it where that is empty."""
 
     name: str
     parameter: str
-    index: tuple[int | slice, ...]
+    part: tuple[int | slice, ...]
     shape: tuple[int, ...]
     num_bytes: int
 
@@ -40,10 +40,10 @@ def pieces(model: nn.Module, layout: str = "released") -> Iterator[Piece]:
         raise ValueError(f"expected a layout among {', '.join(LAYOUTS)}, got {layout!r}")
     for parameter, values in model.named_parameters():
         parts = _released(parameter, values) if layout == "released" else [(parameter, ())]
-        for name, index in parts:
-            part = values.detach()[index]
-            shape = tuple(part.shape)
-            yield Piece(name, parameter, index, shape, part.numel() * part.element_size())
+        for name, part in parts:
+            piece = values.detach()[part]
+            num_bytes = piece.numel() * piece.element_size()
+            yield Piece(name, parameter, part, tuple(piece.shape), num_bytes)
 
 
 def released_names(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
