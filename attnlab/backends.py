@@ -3,7 +3,6 @@
 The order is the order of preference of a call that names no backend.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -19,8 +18,6 @@ SOFTMAX = ("softmax_attention", "softmax_attention_with_lse", "softmax_attention
 
 _HALF = (torch.float16, torch.bfloat16)
 _HAS_TRITON = find_spec("triton") is not None
-# Triton's own switch: its kernels then run on the CPU, slowly, for tests.
-_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 _TRITON_DIMS = (32, 64, 96, 128, 192, 256)
 
 
@@ -59,10 +56,17 @@ def _nothing(problem: Problem) -> None:
     return None
 
 
+def _triton_interprets() -> bool:
+    """Whether Triton made the kernels for its interpreter: they run on the CPU then, for tests."""
+    from kernels_triton.lightning.scan import INTERPRETED
+
+    return INTERPRETED.value
+
+
 def _triton_needs(problem: Problem) -> str | None:
     if not _HAS_TRITON:
         return "needs the package triton"
-    if problem.device != "cuda" and not _TRITON_INTERPRETS:
+    if problem.device != "cuda" and not _triton_interprets():
         return f"needs a CUDA device, got {problem.device}"
     if problem.dtype == torch.float64:
         return "has no float64"
