@@ -21,7 +21,8 @@ documents, or segments. A segment starts some tokens early with zero state ("war
 a state of the workspace, which a first pass over the segments and `prefix_kernel` fill.
 
 16-bit inputs: scores, state and weighted c are rounded once, as operands of products; with SPLIT
-each enters as a high and a low half. Offsets are 64-bit. Not supported: a gradient of g, head dims
+each enters as a high and a low half. With SPLIT and in float32 a chunk's share is summed up apart
+before it joins the state. Offsets are 64-bit. Not supported: a gradient of g, head dims
 above 256, float64.
 """
 
@@ -138,8 +139,8 @@ def _write(
 ):  # fmt: skip
     """State `[BC, BB]` after a chunk.
 
-    APART adds the chunk's product, times `factor`, outside of the tensor cores, which truncate what
-    they accumulate.
+    APART adds the chunk's product, times `factor`, as a whole: tensor cores truncate what they
+    accumulate, and a float32 sum over all tokens one by one is rounded once a token.
     """
     weighted = tl.trans(b_c).to(tl.float32) * w_write[None, :]
     # [BC, C] @ [C, BB] -> [BC, BB]
@@ -221,13 +222,14 @@ def scan_kernel(
         b_s = _load_state(p_initial, r_initial, SIZE, o_c * s_c, o_b * s_b, m_state)
         b_s += _load_state(p_workspace, r_workspace, SIZE, o_c * s_c, o_b * s_b, m_state)
 
+    APART: tl.constexpr = SPLIT or p_out_0.dtype.element_ty == tl.float32
     first, step = tl.where(back, end - C, begin), tl.where(back, -C, C)
     if OUTPUT:
         for n in tl.range(0, num_warm, num_stages=NUM_STAGES):
             i_t = first + n * step
             b_b = _load(b, i_b, i_h, i_t, 0, C, C, BB, DB, TMA, True)
             b_c = _load(c, i_b, i_h, i_t, i_c, C, C, BC, DC, TMA, True)
-            b_s = _write(b_s, b_b, b_c, w_write, decay, 1.0, PRECISION, SPLIT, SPLIT)
+            b_s = _write(b_s, b_b, b_c, w_write, decay, 1.0, PRECISION, SPLIT, APART)
         first += num_warm * step
     for n in tl.range(0, num_tokens // C, num_stages=NUM_STAGES):
         i_t = first + n * step
@@ -237,7 +239,7 @@ def scan_kernel(
             b_a = _load(a, i_b, i_h, i_t, 0, C, C, BB, DB, TMA, True)
             b_o = _read(b_s, b_a, b_b, b_c, b_mask, w_read, PRECISION, SPLIT)
             _store(out, p_out, tl.trans(b_o), i_b, i_h, i_t, i_c, C, H, T, C, BC, DC, TMA, True)
-        b_s = _write(b_s, b_b, b_c, w_write, decay, 1.0, PRECISION, SPLIT, SPLIT)
+        b_s = _write(b_s, b_b, b_c, w_write, decay, 1.0, PRECISION, SPLIT, APART)
 
     rest = num_tokens % C
     if rest > 0:  # the last chunk in the scan's order is shorter
