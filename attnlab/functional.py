@@ -142,7 +142,7 @@ def lightning_decode_(
     pool = query.shape[0] if slots is None or state.ndim != 4 else state.shape[0]
     shape = (pool, query.shape[1], query.shape[3], value.shape[3])
     checks.check_state(state, "state", shape, query)
-    if _values_can_be_read():
+    if slots is not None and _values_can_be_read(slots):
         checks.check_slot_values(slots, pool)
     if problem.batch * problem.heads == 0:
         return query.new_empty(*query.shape[:3], value.shape[3])
@@ -342,17 +342,17 @@ def _check_softmax(
     )
 
 
-def _values_can_be_read() -> bool:
+def _values_can_be_read(x: Tensor) -> bool:
     """Whether values may be looked at: not while code is traced or a graph is captured."""
     if torch.compiler.is_compiling():
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @torch.library.custom_op("attnlab::checked_decay", mutates_args=())
 def _checked_decay_op(log_decay: Tensor) -> Tensor:
     """Copy of log_decay once its values are checked: the form that torch.compile can't drop."""
-    if _values_can_be_read():
+    if _values_can_be_read(log_decay):
         checks.check_log_decay_values(log_decay)
     return log_decay.clone()
 
@@ -368,14 +368,14 @@ _checked_decay_op.register_autograd(lambda ctx, grad: grad)
 def _checked_decay(log_decay: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.attnlab.checked_decay(log_decay)
-    if _values_can_be_read():
+    if _values_can_be_read(log_decay):
         checks.check_log_decay_values(log_decay)
     return log_decay
 
 
 @torch.library.custom_op("attnlab::checked_bounds", mutates_args=())
 def _checked_bounds_op(cu_seqlens: Tensor, name: str, num_tokens: int) -> Tensor:
-    if _values_can_be_read():
+    if _values_can_be_read(cu_seqlens):
         checks.check_cu_seqlens_values(cu_seqlens, name, num_tokens)
     return cu_seqlens.clone()
 
@@ -388,7 +388,7 @@ def _(cu_seqlens: Tensor, name: str, num_tokens: int) -> Tensor:
 def _checked_bounds(cu_seqlens: Tensor, name: str, num_tokens: int) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.attnlab.checked_bounds(cu_seqlens, name, num_tokens)
-    if _values_can_be_read():
+    if _values_can_be_read(cu_seqlens):
         checks.check_cu_seqlens_values(cu_seqlens, name, num_tokens)
     return cu_seqlens
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnlab import reference
-from attnlab.checks import host_copy
+from attnlab.checks import remembered
 
 _BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -114,12 +114,16 @@ def flash_varlen(
     bounds = [x.to(query.device, torch.int32) for x in (cu_seqlens_q, cu_seqlens_k)]
     longest = [x.shape[2] for x in (query, key)]
     if not torch.compiler.is_compiling():
-        longest = [int(host_copy(x).diff().max()) for x in (cu_seqlens_q, cu_seqlens_k)]
+        longest = [remembered(x, _longest) for x in (cu_seqlens_q, cu_seqlens_k)]
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, H, D]
     output = torch.ops.aten._flash_attention_forward(
         *packed, *bounds, *longest, 0.0, is_causal, False, scale=scale
     )[0]
     return output.transpose(0, 1)[None]
+
+
+def _longest(bounds: Tensor) -> int:
+    return int(bounds.diff().max())
 
 
 def _parts(

@@ -1,176 +1,23 @@
-"""Backend "triton": plans the work of the kernels in `kernels_triton` and makes them custom ops.
+"""Backend "triton": the kernels of `kernels_triton` as custom ops with gradients.
 
-Legend: B batch, H heads, T tokens, K key dim, V value dim, N documents, U work units.
-
-A call is planned from its lengths and decays (`attnlab.planner`). The plan's table on the device is
-remembered, so a repeated call costs no planning, no copy and no synchronisation. Values that only
-a synchronisation could tell (under torch.compile; while a CUDA graph is captured, if they were not
-seen before) count as unknown: the plan is then one that is right for all values.
+Legend: B batch, H heads, T tokens, K key dim, V value dim, N documents.
 """
 
-import itertools
-import weakref
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnlab.checks import host_copy
-from attnlab.planner import Machine, Plan, Unit, plan
+from attnlab.checks import values_of
+from attnlab.triton_schedules import MAX_REMEMBERED, Call, schedule_of
 from kernels_triton import lightning, lightning_decode
-
-MAX_REMEMBERED = 256
-
-_schedules: OrderedDict[tuple, lightning.Schedule] = OrderedDict()
-_values: dict[int, tuple[weakref.ref, int, tuple]] = {}
-_forced: dict[str, Any] = {}
-
-
-@contextmanager
-def forced_plan(mode: str, num_segments: int | None = None) -> Iterator[None]:
-    """Let calls inside the block be planned in one mode, cut into `num_segments` (for tests)."""
-    _forced.update(mode=mode, num_segments=num_segments)
-    try:
-        yield
-    finally:
-        _forced.clear()
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a plan depends on."""
-
-    key: Tensor
-    value: Tensor
-    log_decay: Tensor
-    cu_seqlens: Tensor | None
-    precision: str
-    may_read: bool  # whether values may be read at the cost of a synchronisation
-
-    def schedule(
-        self, num_scans: int, *, states_only: bool = False, backward: bool = False
-    ) -> lightning.Schedule:
-        """Table of work units for scans that share a grid, from memory where it was made before."""
-        batch, heads, num_tokens = self.key.shape[:3]
-        dims = self.key.shape[3], self.value.shape[3]
-        tile = lightning.tile_of(
-            *dims, self.key.dtype, self.key.device, self.precision, backward=backward
-        )
-        programs = num_scans * -(-max(dims) // tile.width)
-        slots = tile.programs_per_sm * _num_multiprocessors(self.key.device)
-        machine = Machine(slots=slots, programs_per_unit=programs, chunk=tile.chunk)
-        decays = _read(self.log_decay, self.may_read)
-        bounds: tuple | None = (0, num_tokens)
-        if self.cu_seqlens is not None:
-            bounds = _read(self.cu_seqlens, self.may_read)
-        key = self.key.device, batch, heads, bounds, decays, machine, states_only, *_forced.values()
-        found = _schedules.get(key)
-        if found is not None:
-            _schedules.move_to_end(key)
-            return found
-        if bounds is None or _is_capturing(self.key.device):
-            return self._whole_sequences()
-        lengths = [b - a for a, b in itertools.pairwise(bounds)] * batch
-        planned = plan(lengths, decays or [0.0] * heads, machine, **_forced)
-        ranges = [
-            (b, start, stop) for b in range(batch) for start, stop in itertools.pairwise(bounds)
-        ]
-        _schedules[key] = _on_device(
-            planned, ranges, heads, tile.chunk, self.key.device, states_only
-        )
-        if len(_schedules) > MAX_REMEMBERED:
-            _schedules.popitem(last=False)
-        return _schedules[key]
-
-    def _whole_sequences(self) -> lightning.Schedule:
-        """Whole sequences in order, made on the device from bounds that the host doesn't know."""
-        batch, heads, num_tokens = self.key.shape[:3]
-        device = self.key.device
-        if self.cu_seqlens is None:
-            row = torch.arange(batch, device=device)
-            start, end = torch.zeros_like(row), torch.full_like(row, num_tokens)
-        else:
-            start, end = self.cu_seqlens[:-1].to(device), self.cu_seqlens[1:].to(device)
-            row = torch.zeros_like(start)
-        zero, state = torch.zeros_like(row), torch.arange(len(row), device=device) * heads
-        columns = row, zero, start, end, zero, end - start, state, zero - 1, state
-        return lightning.Schedule(torch.stack(columns, 1).to(torch.int32), heads)
-
-
-def _read(x: Tensor, may_read: bool) -> tuple | None:
-    """Values of a small tensor, remembered while it lives unchanged; None if they can't be read."""
-    if x.device.type == "cpu":
-        return tuple(x.tolist())
-    found = _values.get(id(x))
-    if found is not None and found[0]() is x and found[1] == x._version:
-        return found[2]
-    if not may_read or _is_capturing(x.device):
-        return None
-    values = tuple(host_copy(x).tolist())
-    if not x.is_inference():
-        key = id(x)
-        alive = weakref.ref(x, lambda _: _values.pop(key, None))
-        _values[key] = (alive, x._version, values)
-    return values
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-@cache
-def _num_multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on_device(
-    planned: Plan,
-    ranges: Sequence[tuple[int, int, int]],
-    heads: int,
-    chunk: int,
-    device: torch.device,
-    states_only: bool,
-) -> lightning.Schedule:
-    """Write a plan as the table that the kernels read; `ranges` are batch, start, stop."""
-
-    def row(unit: Unit, first_pass: bool) -> tuple[int, ...]:
-        batch, start, stop = ranges[unit.sequence]
-        state = unit.sequence * heads + unit.head
-        warm, tokens = unit.warm, unit.tokens
-        if states_only:
-            warm, tokens = 0, unit.warm * chunk + unit.tokens
-        place = batch, unit.head, start + unit.start, stop - unit.start, warm, tokens
-        if first_pass:
-            return *place, -1, -1, unit.workspace_row
-        initial, final = state if unit.from_initial else -1, state if unit.is_last else -1
-        return *place, initial, unit.workspace_row, final
-
-    def table(rows: Sequence[tuple[int, ...]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int32, device=device)
-
-    units = [u for u in planned.units if u.is_last] if states_only else planned.units
-    main = table([row(u, False) for u in units])
-    if not planned.chains:
-        return lightning.Schedule(main, planned.heads_per_unit)
-    chains = [
-        (c.head, c.sequence * heads + c.head, c.first_row, c.num_rows, c.chunks_per_row)
-        for c in planned.chains
-    ]
-    first_pass = table([row(u, True) for u in planned.state_units])
-    return lightning.Schedule(main, 1, first_pass, table(chains), planned.num_workspace_rows)
 
 
 def _decay_of(log_decay: Tensor, like: Tensor) -> Tensor:
     if log_decay.device == like.device:
         return log_decay.float()
-    return _uploaded(tuple(log_decay.tolist()), like.device)
+    return _uploaded(values_of(log_decay), like.device)
 
 
 @lru_cache(MAX_REMEMBERED)
@@ -198,7 +45,7 @@ def _lightning_triton(
 ) -> tuple[Tensor, Tensor]:
     """Output, and final states (empty unless asked for)."""
     query, key, value = (_contiguous_last(x) for x in (query, key, value))
-    schedule = _Call(key, value, log_decay, cu_seqlens, precision, may_read).schedule(1)
+    schedule = schedule_of(Call(key, value, log_decay, cu_seqlens, precision, may_read))
     state = _empty_state(key, value, cu_seqlens, return_final_state)
     output = lightning.forward(
         query, key, value, _decay_of(log_decay, key), schedule,
@@ -251,8 +98,8 @@ def _lightning_triton_backward(
     tensors = query, key, value, grad_output
     query, key, value, grad_output = (_contiguous_last(x) for x in tensors)
     num_scans = lightning.scans_of_backward(key.shape[3], value.shape[3])
-    call = _Call(key, value, log_decay, cu_seqlens, precision, may_read)
-    schedule = call.schedule(num_scans, backward=True)
+    call = Call(key, value, log_decay, cu_seqlens, precision, may_read, num_scans, backward=True)
+    schedule = schedule_of(call)
     grad_state = _empty_state(key, value, cu_seqlens, initial_state is not None)
     grads = lightning.backward(
         query, key, value, _decay_of(log_decay, key), schedule, grad_output,
@@ -342,7 +189,8 @@ def _lightning_state_triton(
     key: Tensor, value: Tensor, log_decay: Tensor, initial_state: Tensor | None, may_read: bool
 ) -> Tensor:
     key, value = _contiguous_last(key), _contiguous_last(value)
-    schedule = _Call(key, value, log_decay, None, "default", may_read).schedule(1, states_only=True)
+    call = Call(key, value, log_decay, None, "default", may_read, states_only=True)
+    schedule = schedule_of(call)
     initial = None if initial_state is None else initial_state.float().contiguous()
     return lightning.final_states(
         key, value, _decay_of(log_decay, key), schedule, initial_state=initial

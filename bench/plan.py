@@ -22,8 +22,8 @@ SOURCES = {
     "flash": ["attnlab/sdpa.py"],
     "cudnn": ["attnlab/sdpa.py"],
     "fla": ["attnlab/fla.py"],
-    "triton": ["kernels_triton", "attnlab/planner.py"],
-    "cuda": ["kernels_cuda", "attnlab/planner.py"],
+    "triton": ["kernels_triton", "attnlab/planner.py", "attnlab/segments.py"],
+    "cuda": ["kernels_cuda", "attnlab/planner.py", "attnlab/segments.py"],
 }
 MARGIN = 1.3  # a prediction may be this much too low
 OVERHEAD_S = 0.7  # of a point besides its calls: inputs, warm-up, samples of a short call

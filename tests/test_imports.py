@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lower layers first; a module may import its own layer and those before it.
 LAYERS = [
     ["problem", "decay"],
-    ["reference", "checks", "planner"],
-    ["registry"],
+    ["reference", "checks", "segments", "planner"],
+    ["registry", "triton_schedules"],
     ["chunked", "sdpa", "fla", "triton_backend"],
     ["backends"],
     ["functional", "testing", "cache"],
@@ -30,6 +30,7 @@ HEAVY = (
     "transformers",
     "cupy",
     "fla",
+    "triton",
     "kernels_triton",
     "kernels_cuda",
 )

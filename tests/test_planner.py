@@ -6,7 +6,8 @@ import math
 import pytest
 
 from attnlab.decay import minimax_log_decay
-from attnlab.planner import HALO_EXPONENT, MODES, Machine, halo_chunks, plan
+from attnlab.planner import MODES, Machine, plan
+from attnlab.segments import HALO_EXPONENT, cut_into, halo_chunks
 
 CHUNK = 64
 H200 = Machine(slots=132, programs_per_unit=1, chunk=CHUNK)
@@ -77,13 +78,38 @@ def test_every_token_is_given_once_from_the_right_state(lengths, segments, mode)
         assert not planned.chains and not planned.state_units
     if mode == "single":
         assert planned.heads_per_unit == len(DECAYS)
-    if segments and planned.heads_per_unit == 1:
-        counts = [
-            len(units_by_head(planned, n, h))
-            for n in range(len(LENGTHS[lengths]))
-            for h in range(len(DECAYS))
-        ]
-        assert max(counts) <= segments
+
+
+@pytest.mark.parametrize("mode", ["halo", "two-pass", None])
+@pytest.mark.parametrize("segments", [2, 3, 5, 6])
+@pytest.mark.parametrize("slots", [1, 7, 132, 10_000])
+@pytest.mark.parametrize("tokens", [321, 333, 700, 1 << 16])
+def test_a_forced_number_of_segments_is_given_on_any_machine(tokens, slots, segments, mode):
+    for programs in (1, 3, 12):
+        machine = Machine(slots=slots, programs_per_unit=programs, chunk=CHUNK)
+        planned = plan([tokens, 30], DECAYS, machine, mode=mode, num_segments=segments)
+        assert_sound(planned, [tokens, 30], DECAYS)
+        assert_chains_are_filled(planned)
+        for head in range(len(DECAYS)):
+            assert len(units_by_head(planned, 0, head)) == segments
+            assert len(units_by_head(planned, 1, head)) == 1
+        if mode is not None:
+            assert len(planned.chains) == (mode == "two-pass") * len(DECAYS)
+
+
+def test_more_segments_than_chunks_are_one_a_chunk():
+    for mode in ("halo", "two-pass"):
+        planned = plan([333], DECAYS, H200, mode=mode, num_segments=100)
+        assert [len(units_by_head(planned, 0, h)) for h in range(3)] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("halo", [0, 3, 40, math.inf])
+def test_forced_halo_segments_cost_about_the_same(halo):
+    starts, warms, _ = cut_into(1000, halo, 4, "halo")
+    lengths = [b - a for a, b in itertools.pairwise([*starts, 1000])]
+    costs = [n + 0.5 * w for n, w in zip(lengths, warms, strict=True)]
+    assert max(costs) - min(costs) < 4  # rounding of two ends and of the halo's reach
+    assert warms == [min(halo, start) for start in starts]
 
 
 def test_a_forced_two_pass_uses_the_workspace_for_every_long_head():

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import attnlab
-from attnlab import planner, testing
+from attnlab import segments, testing
 from attnlab.problem import Problem
 from attnlab.testing import assert_as_accurate
 
@@ -73,12 +73,18 @@ def assert_right(inputs, **flags):
 
 
 @pytest.fixture
-def backend():
-    from attnlab import triton_backend
+def schedules():
+    from attnlab import triton_schedules
 
-    triton_backend._schedules.clear()
-    yield triton_backend
-    triton_backend._schedules.clear()
+    triton_schedules._schedules.clear()
+    yield triton_schedules
+    triton_schedules._schedules.clear()
+
+
+@pytest.fixture(params=[1, 132], ids=["1mp", "132mp"])
+def multiprocessors(request, monkeypatch, schedules):
+    """Plans as on a device with so many multiprocessors, whatever runs them."""
+    monkeypatch.setattr(schedules, "num_multiprocessors", lambda device: request.param)
 
 
 MODES = [("single", None), ("halo", 3), ("two-pass", 3), ("two-pass", 5)]
@@ -87,23 +93,25 @@ MODES = [("single", None), ("halo", 3), ("two-pass", 3), ("two-pass", 5)]
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("mode", "segments"), MODES)
-def test_every_mode_is_right(backend, mode, segments, dtype, device):
+def test_every_mode_is_right(schedules, multiprocessors, mode, segments, dtype, device):
     inputs = inputs_of(device, B=2, T=333, dtype=dtype)
-    with backend.forced_plan(mode, segments):
+    with schedules.forced_plan(mode, segments):
         assert_right(inputs)
-    schedules = list(backend._schedules.values())
-    assert len(schedules) == 2  # forward and backward
-    for schedule in schedules:
+    made = list(schedules._schedules.values())
+    assert len(made) == 2  # forward and backward
+    for schedule in made:
+        per_head = schedule.units.shape[0] * schedule.heads_per_row / (2 * 3)
+        assert per_head == (segments or 1)
         assert (schedule.chains is not None) == (mode == "two-pass")
         assert (schedule.heads_per_row == 1) == (mode != "single")
 
 
 @runs_kernels
 @pytest.mark.parametrize("mode", ["halo", "two-pass"])
-def test_long_documents_are_cut_between_short_ones(backend, mode, device):
+def test_long_documents_are_cut_between_short_ones(schedules, mode, device):
     bounds = torch.tensor([0, 30, 31, 331, 331, 400])
     whole = inputs_of(device, T=400, documents=5, dtype=torch.float32)
-    with backend.forced_plan(mode, 3):
+    with schedules.forced_plan(mode, 3):
         cut = testing.run_lightning(whole, cu_seqlens=bounds, backend="triton")
     oracle = testing.run_lightning(whole.to(torch.float64), cu_seqlens=bounds)
     baseline = testing.lightning_baseline(whole, cu_seqlens=bounds)
@@ -113,7 +121,7 @@ def test_long_documents_are_cut_between_short_ones(backend, mode, device):
 
 @runs_kernels
 @pytest.mark.parametrize(("mode", "segments"), MODES)
-def test_states_alone_and_their_gradients_are_right(backend, mode, segments, device):
+def test_states_alone_and_their_gradients_are_right(schedules, mode, segments, device):
     inputs = inputs_of(device, B=2, T=333, dims=(64, 32), dtype=torch.float32)
 
     def run(inputs, name):
@@ -125,7 +133,7 @@ def test_states_alone_and_their_gradients_are_right(backend, mode, segments, dev
         )
         return result, *torch.autograd.grad(result, (key, value, state), inputs.grad_state)
 
-    with backend.forced_plan(mode, segments):
+    with schedules.forced_plan(mode, segments):
         actual = run(inputs, "triton")
     oracle, baseline = run(inputs.to(torch.float64), "reference"), run(inputs, "reference")
     for results in zip(actual, oracle, baseline, strict=True):
@@ -147,26 +155,26 @@ def test_high_precision_leaves_the_rounding_of_the_results(dtype, device):
 
 
 @runs_kernels
-def test_a_repeated_call_plans_nothing(backend, monkeypatch, device):
+def test_a_repeated_call_plans_nothing(schedules, monkeypatch, device):
     inputs = inputs_of(device)
     first = testing.run_lightning(inputs, backend="triton")
 
     def fail(*arguments, **flags):
         raise AssertionError("planned again")
 
-    monkeypatch.setattr(backend, "plan", fail)
+    monkeypatch.setattr(schedules, "plan", fail)
     second = testing.run_lightning(inputs, backend="triton")
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
 @runs_kernels
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_values_that_are_unknown_give_the_same_units(backend, packed, device):
+def test_values_that_are_unknown_give_the_same_units(schedules, packed, device):
     inputs = inputs_of(device, B=1 if packed else 3)
     bounds = torch.tensor([0, 90, 90, 200], device=device) if packed else None
-    call = backend._Call(inputs.key, inputs.value, inputs.log_decay, bounds, "default", True)
-    with backend.forced_plan("single"):
-        known, unknown = call.schedule(1), call._whole_sequences()
+    call = schedules.Call(inputs.key, inputs.value, inputs.log_decay, bounds, "default", True)
+    with schedules.forced_plan("single"):
+        known, unknown = schedules.schedule_of(call), schedules.whole_sequences(call)
     assert sorted(known.units.tolist()) == sorted(unknown.units.tolist())
     assert known.heads_per_row == unknown.heads_per_row == 3
 
@@ -212,39 +220,39 @@ def test_a_captured_graph_replays_calls(decay_device):
         assert torch.equal(actual, expected)
 
 
-def halo_too_short(monkeypatch, backend):
-    monkeypatch.setattr(planner, "HALO_EXPONENT", 1.0)
+def halo_too_short(monkeypatch, schedules):
+    monkeypatch.setattr(segments, "HALO_EXPONENT", 1.0)
 
 
-def state_dropped_between_segments(monkeypatch, backend):
-    change_rows(monkeypatch, backend, lambda s: s.units[:, 7].fill_(-1))
+def state_dropped_between_segments(monkeypatch, schedules):
+    change_rows(monkeypatch, schedules, lambda s: s.units[:, 7].fill_(-1))
 
 
-def segments_a_decay_step_apart(monkeypatch, backend):
-    change_rows(monkeypatch, backend, lambda s: s.chains[:, 4].sub_(1))
+def segments_a_decay_step_apart(monkeypatch, schedules):
+    change_rows(monkeypatch, schedules, lambda s: s.chains[:, 4].sub_(1))
 
 
-def first_pass_a_chunk_short(monkeypatch, backend):
-    change_rows(monkeypatch, backend, lambda s: s.state_units[:, 5].sub_(64))
+def first_pass_a_chunk_short(monkeypatch, schedules):
+    change_rows(monkeypatch, schedules, lambda s: s.state_units[:, 5].sub_(64))
 
 
-def last_tokens_unwritten(monkeypatch, backend):
-    change_rows(monkeypatch, backend, lambda s: s.units[:, 5].sub_(s.units[:, 5] % 64))
+def last_tokens_unwritten(monkeypatch, schedules):
+    change_rows(monkeypatch, schedules, lambda s: s.units[:, 5].sub_(s.units[:, 5] % 64))
 
 
-def decays_of_other_heads(monkeypatch, backend):
-    change_rows(monkeypatch, backend, lambda s: s.chains[:, 0].copy_(s.chains[:, 0].roll(1)))
+def decays_of_other_heads(monkeypatch, schedules):
+    change_rows(monkeypatch, schedules, lambda s: s.chains[:, 0].copy_(s.chains[:, 0].roll(1)))
 
 
-def change_rows(monkeypatch, backend, change):
-    original = backend._on_device
+def change_rows(monkeypatch, schedules, change):
+    original = schedules.on_device
 
     def changed(*arguments):
         schedule = original(*arguments)
         change(schedule)
         return schedule
 
-    monkeypatch.setattr(backend, "_on_device", changed)
+    monkeypatch.setattr(schedules, "on_device", changed)
 
 
 DEFECTS = [
@@ -259,13 +267,13 @@ DEFECTS = [
 
 @runs_kernels
 @pytest.mark.parametrize(("mode", "defect"), DEFECTS, ids=[d.__name__ for _, d in DEFECTS])
-def test_a_planted_defect_is_caught(backend, monkeypatch, mode, defect, device):
+def test_a_planted_defect_is_caught(schedules, multiprocessors, monkeypatch, mode, defect, device):
     inputs = inputs_of(device, T=333)
     inputs = replace(inputs, log_decay=torch.tensor([-0.03, -0.02, -0.01], device=device))
-    with backend.forced_plan(mode, 3):
+    with schedules.forced_plan(mode, 3):
         assert_right(inputs)
-        backend._schedules.clear()
-        defect(monkeypatch, backend)
+        schedules._schedules.clear()
+        defect(monkeypatch, schedules)
         with pytest.raises(AssertionError, match="its budget"):
             assert_right(inputs)
 
@@ -297,6 +305,19 @@ def test_offsets_beyond_32_bits_are_right(planted):
     result = run_python("-c", LONG_STRIDE, "planted" if planted else "right", interpret=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (float(result.stdout) > 0.1) if planted else (float(result.stdout) < 1e-2)
+
+
+ASKED_LATE = """
+import os, attnlab, torch
+os.environ["TRITON_INTERPRET"] = "1"
+x = torch.zeros(1, 1, 8, 64)
+attnlab.lightning_attention(x, x, x, torch.zeros(1), backend="triton")
+"""
+
+
+def test_triton_is_asked_at_the_first_call_whether_it_interprets():
+    result = run_python("-c", ASKED_LATE, interpret=False)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_why_not_says_what_is_missing():
