@@ -1,0 +1,211 @@
+"""The two mixers of the hybrid model: lightning attention with an output gate, softmax attention.
+
+Legend: B batch (1 if packed), T tokens, D hidden size, H query heads, G key heads, K head dim,
+C slots of the cache.
+
+MiniMax-01, arXiv 2501.08313, section 2.2. A mixer is called with the tokens' `Placement` and, for
+inference, its layer's cache, which it reads and updates. `backend` is a backend of `attnlab`'s ops
+or None for the first that can run a call.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnlab.cache import KVCache, StateCache
+from attnlab.decay import minimax_log_decay
+from attnlab.functional import (
+    lightning_attention,
+    lightning_attention_varlen,
+    lightning_decode_,
+    softmax_attention,
+    softmax_attention_varlen,
+)
+from attnlab.model.config import HybridConfig
+from attnlab.model.convolution import ShortConvolution
+from attnlab.model.placement import Placement
+from attnlab.model.rotary import rotate
+from attnlab.registry import list_backends
+
+Angles = tuple[Tensor, Tensor]
+
+
+class LightningMixer(nn.Module):
+    """Linear attention with a decay a head: W_o (sigmoid(W_g u) * RMSNorm(lightning(SiLU(W u)))).
+
+    The rows of `qkv_proj` are interleaved: query, key and value of head 0, then of head 1. There is
+    no scale and no rotation; one norm spans the channels of all heads.
+    """
+
+    log_decay: Tensor
+
+    def __init__(self, config: HybridConfig, layer: int, **factory: Any) -> None:
+        """Build layer number `layer`, counted over all layers: its decay depends on it."""
+        super().__init__()
+        hidden, inner = config.hidden_size, config.inner_size
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.layer, self.num_layers = layer, config.num_hidden_layers
+        self.backend: str | None = None
+        self.conv = ShortConvolution(hidden, config.conv_width, **factory)
+        self.qkv_proj = nn.Linear(hidden, 3 * inner, bias=False, **factory)
+        self.output_gate = nn.Linear(hidden, inner, bias=False, **factory)
+        self.norm = nn.RMSNorm(inner, eps=config.linear_norm_eps, **factory)
+        self.out_proj = nn.Linear(inner, hidden, bias=False, **factory)
+        self._set_decay(self.qkv_proj.weight.device)
+
+    def forward(
+        self, hidden: Tensor, place: Placement, angles: Angles | None, cache: StateCache | None
+    ) -> Tensor:
+        """Mix `[B, T, D]` along the tokens of each sequence; `angles` are not used."""
+        hidden = self.conv(hidden, place, cache)
+        qkv = F.silu(self.qkv_proj(hidden)).unflatten(-1, (self.num_heads, 3, self.head_dim))
+        query, key, value = (x.transpose(1, 2) for x in qkv.unbind(3))  # [B, H, T, K]
+        mixed = self._attend(query, key, value, place, cache)
+        mixed = self.norm(mixed.transpose(1, 2).flatten(2))  # [B, T, H K]
+        return self.out_proj(torch.sigmoid(self.output_gate(hidden)) * mixed)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, place: Placement, cache: StateCache | None
+    ) -> Tensor:
+        qkv = query, key, value, self.log_decay
+        if place.is_step and cache is not None:
+            return lightning_decode_(*qkv, cache.state, backend=self._decode_backend())
+        initial = cache.state if cache is not None and place.has_past else None
+        flags = {
+            "initial_state": initial,
+            "return_final_state": cache is not None,
+            "backend": self.backend,
+        }
+        if place.cu_seqlens is None:
+            output, state = lightning_attention(*qkv, **flags)
+        else:
+            output, state = lightning_attention_varlen(*qkv, place.cu_seqlens, **flags)
+        if cache is not None:
+            cache.state.copy_(state)
+        return output
+
+    def _decode_backend(self) -> str | None:
+        """The chosen backend where it has a decoding step, else the first that has one."""
+        return self.backend if self.backend in list_backends("lightning_decode_") else None
+
+    def _set_decay(self, device: torch.device) -> None:
+        """Compute the decay anew, on the CPU for a module on the meta device."""
+        decay = minimax_log_decay(self.num_heads, self.layer, self.num_layers)
+        place = "cpu" if device.type == "meta" else device
+        self.register_buffer("log_decay", decay.to(place), persistent=False)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Move the module; the decay stays float32 and gets its values also from empty memory."""
+        super()._apply(fn, recurse)
+        self._set_decay(self.log_decay.device)
+        return self
+
+
+class SoftmaxMixer(nn.Module):
+    """Causal softmax attention; groups of query heads share a key head, some channels are rotated.
+
+    With `qk_norm` each query and key head passes an RMSNorm first. With `log_length_scale` queries
+    are multiplied by length_scale_h * ln(number of keys that they see).
+    """
+
+    def __init__(self, config: HybridConfig, layer: int, **factory: Any) -> None:
+        """Build the layer; its number makes no difference."""
+        super().__init__()
+        hidden, inner, head_dim = config.hidden_size, config.inner_size, config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = head_dim
+        self.backend: str | None = None
+        self.conv = ShortConvolution(hidden, config.conv_width, **factory)
+        self.q_proj = nn.Linear(hidden, inner, bias=False, **factory)
+        self.k_proj = nn.Linear(hidden, self.num_kv_heads * head_dim, bias=False, **factory)
+        self.v_proj = nn.Linear(hidden, self.num_kv_heads * head_dim, bias=False, **factory)
+        self.o_proj = nn.Linear(inner, hidden, bias=False, **factory)
+        self.q_norm = self.k_norm = self.length_scale = None
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps, **factory)
+            self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps, **factory)
+        if config.log_length_scale:
+            self.length_scale = nn.Parameter(torch.empty(self.num_heads, **factory))
+
+    def forward(
+        self, hidden: Tensor, place: Placement, angles: Angles | None, cache: KVCache | None
+    ) -> Tensor:
+        """Mix `[B, T, D]` along the tokens of each sequence, rotated by `angles` if given."""
+        hidden = self.conv(hidden, place, cache)
+        query = self._heads(self.q_proj(hidden), self.q_norm, angles)  # [B, H, T, K]
+        key = self._heads(self.k_proj(hidden), self.k_norm, angles)  # [B, G, T, K]
+        value = self._heads(self.v_proj(hidden), None, None)
+        if self.length_scale is not None:
+            query = self._scaled(query, place.positions)
+        mixed = self._attend(query, key, value, place, cache)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, norm: nn.Module | None, angles: Angles | None) -> Tensor:
+        heads = x.unflatten(-1, (-1, self.head_dim))  # [B, T, H, K]
+        heads = (heads if norm is None else norm(heads)).transpose(1, 2)
+        return heads if angles is None else rotate(heads, *angles)
+
+    def _scaled(self, query: Tensor, positions: Tensor) -> Tensor:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        log_length = (positions + 1).to(dtype).log()[:, None, :, None]  # [B, 1, T, 1]
+        factor = log_length * self.length_scale.to(dtype)[:, None, None]  # [B, H, T, 1]
+        return (query * factor).to(query.dtype)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, place: Placement, cache: KVCache | None
+    ) -> Tensor:
+        flags = {"is_causal": True, "enable_gqa": True, "backend": self.backend}
+        if cache is not None:
+            _store(cache, key, value, place)
+            if place.is_step:
+                return self._step(query, cache, place)
+            if place.has_past and place.start is None:
+                return self._pieces(query, cache, place)
+            if place.has_past:
+                stop = place.start + query.shape[2]
+                key, value = cache.keys[:, :, :stop], cache.values[:, :, :stop]
+        if place.cu_seqlens is None:
+            return softmax_attention(query, key, value, **flags)
+        bounds = place.cu_seqlens, place.cu_seqlens
+        return softmax_attention_varlen(query, key, value, *bounds, **flags)
+
+    def _step(self, query: Tensor, cache: KVCache, place: Placement) -> Tensor:
+        """One query a row over the cache's first slots; heads of a group are rows of one product.
+
+        Where rows differ in length, or the span is fixed, a mask hides the slots behind each row's
+        end. FlashAttention and cuDNN take no mask: torch's choice runs in their place.
+        """
+        span = place.span
+        keys, values = cache.keys[:, :, :span], cache.values[:, :, :span]
+        grouped = query.reshape(query.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, G, H/G]
+        mask, backend = None, self.backend
+        if place.start is None or span != place.start + 1:
+            slots = torch.arange(span, device=query.device)
+            mask = (slots <= place.positions[:, :, None])[:, None]  # [B, 1, 1, C]
+            backend = "sdpa" if backend in ("flash", "cudnn") else backend
+        mixed = softmax_attention(grouped, keys, values, attn_mask=mask, backend=backend)
+        return mixed.reshape(query.shape)
+
+    def _pieces(self, query: Tensor, cache: KVCache, place: Placement) -> Tensor:
+        """Sequence after sequence, each over its own slots of the cache."""
+        outputs = [
+            softmax_attention(
+                query[batch, :, tokens],
+                cache.keys[row : row + 1, :, :length],
+                cache.values[row : row + 1, :, :length],
+                is_causal=True,
+                enable_gqa=True,
+                backend=self.backend,
+            )
+            for row, batch, tokens, length in place.pieces()
+        ]
+        return torch.cat(outputs, 0 if place.cu_seqlens is None else 2)
+
+
+def _store(cache: KVCache, key: Tensor, value: Tensor, place: Placement) -> None:
+    if place.start is None or place.is_step:
+        cache.store_at(key, value, place.rows, place.positions)
+    else:
+        cache.store(key, value, place.start)

@@ -1,0 +1,64 @@
+"""A short causal depthwise convolution of a mixer's input.
+
+Legend: B batch (1 if packed), T tokens, D channels, W taps, N sequences.
+
+y_t = sum over w < W of weight[:, W-1-w] * x_{t-w}, with zeros before the start of a sequence. What
+continues a sequence are its last W-1 inputs, which the layer's cache keeps.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnlab.cache import LayerCache
+from attnlab.model.placement import Placement
+
+
+class ShortConvolution(nn.Module):
+    """Convolution over W tokens of each of D channels; with W = 0 the identity, without weights."""
+
+    def __init__(self, channels: int, width: int, **factory: Any) -> None:
+        """Make a weight `[D, W]`."""
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels, width, **factory)) if width else None
+
+    def forward(self, x: Tensor, place: Placement, cache: LayerCache | None) -> Tensor:
+        """Convolve `[B, T, D]`; a cache's inputs come before those of the call, and are renewed."""
+        if self.weight is None:
+            return x
+        before = None if cache is None else cache.conv_inputs
+        if place.cu_seqlens is None:
+            return self._dense(x, before)
+        return self._packed(x, place, before)
+
+    def _dense(self, x: Tensor, before: Tensor | None) -> Tensor:
+        if before is None:
+            return self._taps(F.pad(x, (0, 0, self.width - 1, 0)))
+        joined = torch.cat([before.to(x.dtype), x], 1)  # [B, W-1+T, D]
+        before.copy_(joined[:, x.shape[1] :])
+        return self._taps(joined)
+
+    def _packed(self, x: Tensor, place: Placement, before: Tensor | None) -> Tensor:
+        """Put W-1 inputs before each sequence, so that none reaches into another."""
+        num_tokens, channels = x.shape[1:]
+        gap, bounds = self.width - 1, place.cu_seqlens
+        num_sequences = bounds.shape[0] - 1
+        token = torch.arange(num_tokens, device=x.device)
+        index = token + (place.sequence[0] + 1) * gap  # where each token goes
+        joined = x.new_zeros(num_tokens + num_sequences * gap, channels).index_copy(0, index, x[0])
+        if before is not None:
+            number = torch.arange(num_sequences, device=x.device)[:, None]
+            offset = torch.arange(gap, device=x.device)
+            head = (bounds[:-1, None] + number * gap + offset).flatten()  # the gap before each
+            joined = joined.index_copy(0, head, before.flatten(0, 1).to(x.dtype))
+            last = bounds[1:, None] + number * gap + offset  # [N, W-1], the end of each
+            before.copy_(joined[last])
+        return self._taps(joined[None])[:, index - gap]
+
+    def _taps(self, joined: Tensor) -> Tensor:
+        """`[B, T, D]` from `[B, W-1+T, D]`."""
+        weight = self.weight[:, None]  # [D, 1, W]
+        return F.conv1d(joined.mT, weight, groups=weight.shape[0]).mT

@@ -1,0 +1,160 @@
+"""Mixture of experts: a float32 router, the best few experts a token, their weighted sum.
+
+Legend: N tokens, D hidden size, E experts, k experts a token, F expert width, S = N k slots.
+
+MiniMax-01, arXiv 2501.08313, section 2.1: the weights are a softmax over all experts, cut to the
+top k and divided by their sum. Slots are sorted by expert, so that each expert works on a run of
+rows in one grouped product; no loop runs over tokens, and nothing waits for the device.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnlab.model.config import HybridConfig
+from attnlab.model.grouped import grouped_linear
+
+_TOKENS_AT_ONCE = 65_536  # without gradients: bounds the slots' memory in a long prefill
+
+
+class RouterLoad(NamedTuple):
+    """How a layer's router spread its tokens over the experts, both `[E]` float32.
+
+    `fraction` of the tokens that chose an expert, which sums to k; mean `probability` of the
+    router, which sums to 1 and carries gradients.
+    """
+
+    fraction: Tensor
+    probability: Tensor
+
+
+class Router(nn.Module):
+    """Linear map to one logit an expert, computed in float32 whatever the model's dtype."""
+
+    def __init__(self, config: HybridConfig, **factory: Any) -> None:
+        """Make the weight `[E, D]`."""
+        super().__init__()
+        self.num_chosen = config.num_experts_per_tok
+        shape = config.num_local_experts, config.hidden_size
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities `[N, E]`, the chosen experts `[N, k]`, and their weights `[N, k]`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        probabilities = logits.softmax(-1)
+        weights, experts = probabilities.topk(self.num_chosen, dim=-1)
+        return probabilities, experts, weights / weights.sum(-1, keepdim=True)
+
+
+class Experts(nn.Module):
+    """Feed-forward networks W_2 (SiLU(W_1 x) * W_3 x), all experts' weights in two tensors."""
+
+    def __init__(self, config: HybridConfig, **factory: Any) -> None:
+        """Make `gate_up_proj` `[E, 2F, D]`, W_1 above W_3, and `down_proj` `[E, D, F]`."""
+        super().__init__()
+        experts, hidden = config.num_local_experts, config.hidden_size
+        width = config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden, **factory))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width, **factory))
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """`[S, D]` from rows sorted by expert; `offsets` `[E]` int32 are the ends of their runs."""
+        gate, up = grouped_linear(x, self.gate_up_proj, offsets).chunk(2, -1)  # [S, F] each
+        return grouped_linear(F.silu(gate) * up, self.down_proj, offsets)
+
+
+class MixtureOfExperts(nn.Module):
+    """Router and experts of one layer.
+
+    In training with a `capacity_factor`, an expert takes at most its share of slots, in the order
+    of the tokens, and the slots that are dropped weigh nothing. `global_counts` is for training on
+    several devices: it maps this device's slots of each expert, `[E]` int64, to their sums over all
+    devices, before it is decided how many to drop; by default the counts are all there are.
+    """
+
+    def __init__(self, config: HybridConfig, **factory: Any) -> None:
+        """Build one layer's router and experts."""
+        super().__init__()
+        self.num_experts, self.num_chosen = config.num_local_experts, config.num_experts_per_tok
+        self.capacity_factor = config.capacity_factor
+        self.global_counts: Callable[[Tensor], Tensor] | None = None
+        self.gate = Router(config, **factory)
+        self.experts = Experts(config, **factory)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, RouterLoad | None]:
+        """`[B, T, D]` and, in training, how the router spread the tokens."""
+        x = hidden.flatten(0, -2)  # [N, D]
+        if self.training or torch.is_grad_enabled() or x.shape[0] <= _TOKENS_AT_ONCE:
+            output, load = self._mix(x)
+            return output.view(hidden.shape), load
+        output = torch.empty_like(x)
+        for part, target in zip(
+            x.split(_TOKENS_AT_ONCE), output.split(_TOKENS_AT_ONCE), strict=True
+        ):
+            target.copy_(self._mix(part)[0])
+        return output.view(hidden.shape), None
+
+    def _mix(self, x: Tensor) -> tuple[Tensor, RouterLoad | None]:
+        probabilities, experts, weights = self.gate(x)
+        order, offsets, counts = sort_by_expert(experts, self.num_experts)
+        if self.training and self.capacity_factor is not None:
+            kept = self._kept(order, offsets, counts)
+            weights = weights * kept.view_as(weights)
+        rows = self.experts(x[order // self.num_chosen], offsets)  # [S, D]
+        output = _weighted_sum(rows, order, weights.to(rows.dtype))
+        if not self.training:
+            return output, None
+        return output, RouterLoad(counts / x.shape[0], probabilities.mean(0))
+
+    def _kept(self, order: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+        """Which of the `[S]` slots, in the order of the tokens, their experts have room for.
+
+        A device may keep the part of its slots that all devices together may keep of theirs.
+        """
+        total = counts if self.global_counts is None else self.global_counts(counts)
+        share = total.sum().double() * (self.capacity_factor / self.num_experts)
+        capacity = share.ceil().long()
+        room = counts * capacity // torch.maximum(total, capacity)  # [E]
+        place = torch.arange(order.shape[0], device=order.device)
+        expert = torch.searchsorted(offsets, place.to(offsets.dtype), right=True)
+        rank = place - (offsets - counts)[expert]
+        return torch.zeros_like(place, dtype=torch.bool).index_copy(0, order, rank < room[expert])
+
+
+def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order `[S]` that sorts the slots of `experts` `[N, k]`, their runs' ends, and lengths `[E]`.
+
+    Slots of one expert stay in the order of the tokens.
+    """
+    sorted_experts, order = experts.flatten().sort(stable=True)
+    number = torch.arange(num_experts, device=experts.device)
+    ends = torch.searchsorted(sorted_experts, number, right=True)
+    return order, ends.to(torch.int32), ends.diff(prepend=ends.new_zeros(1))
+
+
+def balancing_loss(loads: list[RouterLoad], normalisation: str) -> Tensor:
+    """Load-balancing loss of all layers, a float32 scalar without its coefficient.
+
+    "transformers" is E sum_i f_i P_i with f and P averaged over the layers first, k where all
+    experts are used alike; "paper" (arXiv 2501.08313, section 2.1) is (1/E) sum_i f_i m_i, averaged
+    over the layers, k / E^2 there.
+    """
+    fraction = torch.stack([load.fraction for load in loads])  # [layers, E]
+    probability = torch.stack([load.probability for load in loads])
+    num_experts = fraction.shape[1]
+    if normalisation == "transformers":
+        return num_experts * (fraction.mean(0) * probability.mean(0)).sum()
+    return (fraction * probability).sum(1).mean() / num_experts
+
+
+def _weighted_sum(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """`[N, D]`: each token's k rows `[S, D]`, weighted; the sums run in float32."""
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(order.shape[0], device=order.device)  # where each slot's row lies
+    own = rows[slots].unflatten(0, weights.shape)  # [N, k, D]
+    return torch.bmm(weights[:, None], own)[:, 0]
