@@ -48,7 +48,7 @@ class LightningMixer(nn.Module):
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.layer, self.num_layers = layer, config.num_hidden_layers
         self.backend: str | None = None
-        self.conv = ShortConvolution(hidden, config.conv_width, **factory)
+        self.conv = _convolution(config, **factory)
         self.qkv_proj = nn.Linear(hidden, 3 * inner, bias=False, **factory)
         self.output_gate = nn.Linear(hidden, inner, bias=False, **factory)
         self.norm = nn.RMSNorm(inner, eps=config.linear_norm_eps, **factory)
@@ -59,7 +59,8 @@ class LightningMixer(nn.Module):
         self, hidden: Tensor, place: Placement, angles: Angles | None, cache: StateCache | None
     ) -> Tensor:
         """Mix `[B, T, D]` along the tokens of each sequence; `angles` are not used."""
-        hidden = self.conv(hidden, place, cache)
+        if self.conv is not None:
+            hidden = self.conv(hidden, place, cache)
         qkv = F.silu(self.qkv_proj(hidden)).unflatten(-1, (self.num_heads, 3, self.head_dim))
         query, key, value = (x.transpose(1, 2) for x in qkv.unbind(3))  # [B, H, T, K]
         mixed = self._attend(query, key, value, place, cache)
@@ -73,7 +74,7 @@ class LightningMixer(nn.Module):
         if place.is_step and cache is not None:
             return lightning_decode_(*qkv, cache.state, backend=self._decode_backend())
         initial = cache.state if cache is not None and place.has_past else None
-        flags = {
+        flags: dict[str, Any] = {
             "initial_state": initial,
             "return_final_state": cache is not None,
             "backend": self.backend,
@@ -82,7 +83,7 @@ class LightningMixer(nn.Module):
             output, state = lightning_attention(*qkv, **flags)
         else:
             output, state = lightning_attention_varlen(*qkv, place.cu_seqlens, **flags)
-        if cache is not None:
+        if cache is not None and state is not None:
             cache.state.copy_(state)
         return output
 
@@ -117,28 +118,30 @@ class SoftmaxMixer(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = head_dim
         self.backend: str | None = None
-        self.conv = ShortConvolution(hidden, config.conv_width, **factory)
+        self.conv = _convolution(config, **factory)
         self.q_proj = nn.Linear(hidden, inner, bias=False, **factory)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * head_dim, bias=False, **factory)
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * head_dim, bias=False, **factory)
         self.o_proj = nn.Linear(inner, hidden, bias=False, **factory)
-        self.q_norm = self.k_norm = self.length_scale = None
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps, **factory)
-            self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps, **factory)
-        if config.log_length_scale:
-            self.length_scale = nn.Parameter(torch.empty(self.num_heads, **factory))
+        normed, eps = config.qk_norm, config.rms_norm_eps
+        self.q_norm = nn.RMSNorm(head_dim, eps=eps, **factory) if normed else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=eps, **factory) if normed else None
+        scaled = config.log_length_scale
+        self.length_scale = (
+            nn.Parameter(torch.empty(inner // head_dim, **factory)) if scaled else None
+        )
 
     def forward(
         self, hidden: Tensor, place: Placement, angles: Angles | None, cache: KVCache | None
     ) -> Tensor:
         """Mix `[B, T, D]` along the tokens of each sequence, rotated by `angles` if given."""
-        hidden = self.conv(hidden, place, cache)
+        if self.conv is not None:
+            hidden = self.conv(hidden, place, cache)
         query = self._heads(self.q_proj(hidden), self.q_norm, angles)  # [B, H, T, K]
         key = self._heads(self.k_proj(hidden), self.k_norm, angles)  # [B, G, T, K]
         value = self._heads(self.v_proj(hidden), None, None)
         if self.length_scale is not None:
-            query = self._scaled(query, place.positions)
+            query = _scaled(query, place.positions, self.length_scale)
         mixed = self._attend(query, key, value, place, cache)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -147,24 +150,19 @@ class SoftmaxMixer(nn.Module):
         heads = (heads if norm is None else norm(heads)).transpose(1, 2)
         return heads if angles is None else rotate(heads, *angles)
 
-    def _scaled(self, query: Tensor, positions: Tensor) -> Tensor:
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        log_length = (positions + 1).to(dtype).log()[:, None, :, None]  # [B, 1, T, 1]
-        factor = log_length * self.length_scale.to(dtype)[:, None, None]  # [B, H, T, 1]
-        return (query * factor).to(query.dtype)
-
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, place: Placement, cache: KVCache | None
     ) -> Tensor:
-        flags = {"is_causal": True, "enable_gqa": True, "backend": self.backend}
+        flags: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "backend": self.backend}
         if cache is not None:
+            start = place.start
             _store(cache, key, value, place)
             if place.is_step:
                 return self._step(query, cache, place)
-            if place.has_past and place.start is None:
+            if place.has_past and start is None:
                 return self._pieces(query, cache, place)
-            if place.has_past:
-                stop = place.start + query.shape[2]
+            if start:
+                stop = start + query.shape[2]
                 key, value = cache.keys[:, :, :stop], cache.values[:, :, :stop]
         if place.cu_seqlens is None:
             return softmax_attention(query, key, value, **flags)
@@ -181,7 +179,7 @@ class SoftmaxMixer(nn.Module):
         keys, values = cache.keys[:, :, :span], cache.values[:, :, :span]
         grouped = query.reshape(query.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, G, H/G]
         mask, backend = None, self.backend
-        if place.start is None or span != place.start + 1:
+        if place.start != span - 1:
             slots = torch.arange(span, device=query.device)
             mask = (slots <= place.positions[:, :, None])[:, None]  # [B, 1, 1, C]
             backend = "sdpa" if backend in ("flash", "cudnn") else backend
@@ -204,8 +202,24 @@ class SoftmaxMixer(nn.Module):
         return torch.cat(outputs, 0 if place.cu_seqlens is None else 2)
 
 
+def _convolution(config: HybridConfig, **factory: Any) -> ShortConvolution | None:
+    if config.conv_width == 0:
+        return None
+    return ShortConvolution(config.hidden_size, config.conv_width, **factory)
+
+
+def _scaled(query: Tensor, positions: Tensor, length_scale: Tensor) -> Tensor:
+    """Queries `[B, H, T, K]` times length_scale_h ln(position + 1), the number of visible keys."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    log_length = (positions + 1).to(dtype).log()[:, None, :, None]  # [B, 1, T, 1]
+    factor = log_length * length_scale.to(dtype)[:, None, None]  # [B, H, T, 1]
+    return (query * factor).to(query.dtype)
+
+
 def _store(cache: KVCache, key: Tensor, value: Tensor, place: Placement) -> None:
-    if place.start is None or place.is_step:
+    start = place.start
+    if start is None or place.is_step:
+        assert place.rows is not None
         cache.store_at(key, value, place.rows, place.positions)
     else:
-        cache.store(key, value, place.start)
+        cache.store(key, value, start)

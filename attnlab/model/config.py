@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.checks import expect
-from attnlab.model import config_json
+from attnlab.model import config_json, costs
+from attnlab.model.config_json import FULL, LINEAR
 
-LINEAR, FULL = "linear_attention", "full_attention"
 _AUX_LOSSES = ("transformers", "paper")
 _SIZE_STEP = 8  # widths of experts are multiples of it, which grouped products of 16 bits ask for
 
@@ -221,33 +221,13 @@ class HybridConfig:
         """Channels of all query heads together."""
         return self.num_attention_heads * self.head_dim
 
-    def mixer_parameters(self, layer_type: str) -> int:
-        """Parameters of one attention layer, without its residual norm."""
-        hidden, inner = self.hidden_size, self.inner_size
-        count = self.conv_width * hidden
-        if layer_type == LINEAR:
-            return count + 5 * hidden * inner + inner
-        count += 2 * hidden * (inner + self.num_key_value_heads * self.head_dim)
-        count += 2 * self.head_dim * self.qk_norm
-        return count + self.num_attention_heads * self.log_length_scale
-
     def num_parameters(self) -> int:
         """Parameters of the whole model."""
-        return self._count(self.num_local_experts) + self._embedding_parameters()
+        return costs.num_parameters(self)
 
     def num_active_parameters(self) -> int:
         """Parameters that a token meets, embedding and output matrix not counted."""
-        return self._count(self.num_experts_per_tok)
-
-    def _count(self, num_experts: int) -> int:
-        hidden = self.hidden_size
-        router, expert = self.num_local_experts * hidden, 3 * hidden * self.intermediate_size
-        per_layer = 2 * hidden + router + num_experts * expert
-        mixers = sum(self.mixer_parameters(kind) for kind in self.layer_types)
-        return self.num_hidden_layers * per_layer + mixers + hidden
-
-    def _embedding_parameters(self) -> int:
-        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return costs.num_active_parameters(self)
 
 
 def _groups(num_layers: int, ratio: int, position: int) -> tuple[str, ...]:

@@ -9,6 +9,9 @@ from typing import Any
 from attnlab.checks import expect
 
 LAYOUTS = ("released", "transformers")
+LINEAR, FULL = "linear_attention", "full_attention"
+KINDS = (LINEAR, FULL)
+"""Values of `layer_types`, in the order in which `attn_type_list` numbers them."""
 
 _RELEASED_NAMES = {
     f"layernorm_{ours}_{greek}": f"{theirs}_{greek}_factor"
@@ -19,7 +22,6 @@ _RELEASED_NAMES = {
     )
     for greek in ("alpha", "beta")
 }
-_KINDS = ("linear_attention", "full_attention")  # what attn_type_list numbers
 
 # Options that the model has in one setting only, and the values that mean this setting.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -34,6 +36,10 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "quantization_config": (None,),
 }
+_REQUIRED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
+    *("num_attention_heads", "num_local_experts", "num_experts_per_tok"),
+)
 # Keys that say nothing about the model's function.
 _IGNORED = {
     *("_name_or_path", "architectures", "auto_map", "block_size", "chunk_size_feed_forward"),
@@ -92,7 +98,7 @@ def _released(kept: dict[str, Any]) -> dict[str, Any]:
     return {
         "architectures": ["MiniMaxText01ForCausalLM"],
         "model_type": "minimax_text_01",
-        "attn_type_list": [_KINDS.index(kind) for kind in kept["layer_types"]],
+        "attn_type_list": [KINDS.index(kind) for kind in kept["layer_types"]],
         "postnorm": True,
         "shared_intermediate_size": 0,
         "shared_moe_mode": "sigmoid",
@@ -142,7 +148,7 @@ def _check_fixed(raw: Mapping[str, Any]) -> None:
 def _kinds(numbers: Any) -> tuple[str, ...]:
     ok = isinstance(numbers, list | tuple) and all(n in (0, 1) for n in numbers)
     expect(ok, "attn_type_list of 0 (lightning) and 1 (softmax)", repr(numbers))
-    return tuple(_KINDS[n] for n in numbers)
+    return tuple(KINDS[n] for n in numbers)
 
 
 def _read_rotary(raw: dict[str, Any], found: dict[str, Any]) -> None:
@@ -163,9 +169,7 @@ def _read_rotary(raw: dict[str, Any], found: dict[str, Any]) -> None:
 
 def _derive(found: dict[str, Any]) -> None:
     """Fields that follow from others where a file leaves them out."""
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    required += ("num_attention_heads", "num_local_experts", "num_experts_per_tok", "layer_types")
-    missing = [name for name in required if found.get(name) is None]
+    missing = [name for name in _REQUIRED if found.get(name) is None]
     expect(not missing, f"a config with {', '.join(missing)}", "none")
     if found.get("num_key_value_heads") is None:
         found["num_key_value_heads"] = found["num_attention_heads"]

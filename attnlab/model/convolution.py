@@ -17,22 +17,20 @@ from attnlab.model.placement import Placement
 
 
 class ShortConvolution(nn.Module):
-    """Convolution over W tokens of each of D channels; with W = 0 the identity, without weights."""
+    """Convolution over W tokens of each of D channels."""
 
     def __init__(self, channels: int, width: int, **factory: Any) -> None:
         """Make a weight `[D, W]`."""
         super().__init__()
         self.width = width
-        self.weight = nn.Parameter(torch.empty(channels, width, **factory)) if width else None
+        self.weight = nn.Parameter(torch.empty(channels, width, **factory))
 
     def forward(self, x: Tensor, place: Placement, cache: LayerCache | None) -> Tensor:
         """Convolve `[B, T, D]`; a cache's inputs come before those of the call, and are renewed."""
-        if self.weight is None:
-            return x
         before = None if cache is None else cache.conv_inputs
-        if place.cu_seqlens is None:
+        if place.cu_seqlens is None or place.sequence is None:
             return self._dense(x, before)
-        return self._packed(x, place, before)
+        return self._packed(x, place.sequence[0], place.cu_seqlens, before)
 
     def _dense(self, x: Tensor, before: Tensor | None) -> Tensor:
         if before is None:
@@ -41,13 +39,12 @@ class ShortConvolution(nn.Module):
         before.copy_(joined[:, x.shape[1] :])
         return self._taps(joined)
 
-    def _packed(self, x: Tensor, place: Placement, before: Tensor | None) -> Tensor:
+    def _packed(self, x: Tensor, sequence: Tensor, bounds: Tensor, before: Tensor | None) -> Tensor:
         """Put W-1 inputs before each sequence, so that none reaches into another."""
         num_tokens, channels = x.shape[1:]
-        gap, bounds = self.width - 1, place.cu_seqlens
-        num_sequences = bounds.shape[0] - 1
+        gap, num_sequences = self.width - 1, bounds.shape[0] - 1
         token = torch.arange(num_tokens, device=x.device)
-        index = token + (place.sequence[0] + 1) * gap  # where each token goes
+        index = token + (sequence + 1) * gap  # where each token goes
         joined = x.new_zeros(num_tokens + num_sequences * gap, channels).index_copy(0, index, x[0])
         if before is not None:
             number = torch.arange(num_sequences, device=x.device)[:, None]

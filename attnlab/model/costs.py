@@ -1,13 +1,32 @@
-"""What the hybrid model must hold and compute for a context of so many tokens.
+"""What the hybrid model holds, and what it computes for a context of so many tokens.
 
 Attention is counted as `attnlab.problem.Problem` counts it, a product of matrices [M, K] and [K, N]
 as 2 M K N operations; norms, activations and the router's choice are left out.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
-from attnlab.model.config import FULL, LINEAR, HybridConfig
+from attnlab.model.config_json import FULL, LINEAR
 from attnlab.problem import Problem
+
+if TYPE_CHECKING:
+    from attnlab.model.config import HybridConfig
+
+
+def num_parameters(config: HybridConfig) -> int:
+    """Parameters of the whole model."""
+    embeddings = 1 if config.tie_word_embeddings else 2
+    rest = _parameters_behind_embedding(config, config.num_local_experts)
+    return rest + embeddings * config.vocab_size * config.hidden_size
+
+
+def num_active_parameters(config: HybridConfig) -> int:
+    """Parameters that a token meets, embedding and output matrix not counted."""
+    return _parameters_behind_embedding(config, config.num_experts_per_tok)
 
 
 def cache_bytes(config: HybridConfig, context: int, batch: int, dtype: torch.dtype) -> int:
@@ -30,6 +49,18 @@ def prefill_flops(config: HybridConfig, context: int) -> int:
 def decode_flops(config: HybridConfig, context: int) -> int:
     """Operations of one more token behind `context` others."""
     return _flops(config, 1, context + 1)
+
+
+def _parameters_behind_embedding(config: HybridConfig, num_experts: int) -> int:
+    """Parameters of all layers with so many experts each, and of the last norm."""
+    hidden, inner = config.hidden_size, config.inner_size
+    kv_size = config.num_key_value_heads * config.head_dim
+    full = 2 * hidden * (inner + kv_size) + 2 * config.head_dim * config.qk_norm
+    full += config.num_attention_heads * config.log_length_scale
+    mixers = {LINEAR: 5 * hidden * inner + inner, FULL: full}
+    experts = num_experts * 3 * hidden * config.intermediate_size
+    each = (2 + config.num_local_experts + config.conv_width) * hidden + experts
+    return sum(mixers[kind] + each for kind in config.layer_types) + hidden
 
 
 def _flops(config: HybridConfig, num_tokens: int, context: int) -> int:

@@ -73,8 +73,8 @@ def _product(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
         group = torch.searchsorted(offsets, row, right=True)
         return torch.bmm(x[:, None], matrices[group])[:, 0]
     output = x.new_empty(x.shape[0], matrices.shape[2])
-    for group, rows in _runs(offsets):
-        torch.mm(x[rows], matrices[group], out=output[rows])
+    for number, rows in _runs(offsets):
+        torch.mm(x[rows], matrices[number], out=output[rows])
     return output
 
 
@@ -83,8 +83,8 @@ def _outer(grad: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     if _has_kernel(x, grad):
         return F.grouped_mm(grad.mT, x.contiguous(), offs=offsets).contiguous()
     output = x.new_zeros(offsets.shape[0], grad.shape[1], x.shape[1])
-    for group, rows in _runs(offsets):
-        torch.mm(grad[rows].mT, x[rows], out=output[group])
+    for number, rows in _runs(offsets):
+        torch.mm(grad[rows].mT, x[rows], out=output[number])
     return output
 
 

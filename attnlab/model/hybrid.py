@@ -1,29 +1,24 @@
-"""The hybrid language model of MiniMax-01: layers of lightning and softmax attention with experts.
+"""The hybrid language model of MiniMax-01: decoder, output matrix, caches, and what they cost.
 
 Legend: B batch, T tokens, D hidden size, V vocabulary, N packed sequences.
 
-A layer normalises first and takes its residual after the norm (arXiv 2501.08313, section 2):
-    h = N_in(x)      g = N_post(alpha h + beta Attn(h))      x' = alpha' g + beta' MoE(g)
-with alphas and betas by the kind of layer. Modules and parameters are named as in transformers'
-MiniMax class.
+Modules and parameters are named as in transformers' MiniMax class.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from attnlab.cache import KVCache, LayerCache, ModelCache, StateCache
 from attnlab.checks import expect
 from attnlab.model import costs, placement
-from attnlab.model.attention import Angles, LightningMixer, SoftmaxMixer
+from attnlab.model.attention import LightningMixer, SoftmaxMixer
 from attnlab.model.config import LINEAR, HybridConfig
-from attnlab.model.moe import MixtureOfExperts, RouterLoad, balancing_loss
-from attnlab.model.placement import Placement
-from attnlab.model.rotary import rotary_angles
+from attnlab.model.decoder import Decoder
+from attnlab.model.moe import RouterLoad, balancing_loss
 from attnlab.registry import list_backends
 
 
@@ -38,54 +33,6 @@ class HybridOutput(NamedTuple):
     logits: Tensor
     aux_loss: Tensor | None
     hidden: Tensor | None
-
-
-class DecoderLayer(nn.Module):
-    """One mixer and one mixture of experts, each behind a norm."""
-
-    def __init__(self, config: HybridConfig, layer: int, **factory: Any) -> None:
-        """Build layer number `layer` of `config.layer_types`."""
-        super().__init__()
-        self.is_linear = config.layer_types[layer] == LINEAR
-        kind = "linear" if self.is_linear else "full"
-        self.alpha: float = getattr(config, f"{kind}_attn_alpha_factor")
-        self.beta: float = getattr(config, f"{kind}_attn_beta_factor")
-        self.mlp_alpha, self.mlp_beta = config.mlp_alpha_factor, config.mlp_beta_factor
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(size, eps=eps, **factory)
-        self.self_attn = (LightningMixer if self.is_linear else SoftmaxMixer)(
-            config, layer, **factory
-        )
-        self.post_attention_layernorm = nn.RMSNorm(size, eps=eps, **factory)
-        self.mlp = MixtureOfExperts(config, **factory)
-
-    def forward(
-        self,
-        x: Tensor,
-        place: Placement,
-        angles: Angles | None,
-        cache: LayerCache | None,
-        multiplier: float,
-    ) -> tuple[Tensor, RouterLoad | None]:
-        """`[B, T, D]`, and in training the router's load; `multiplier` is of a linear mixer."""
-        h = self.input_layernorm(x)
-        beta = self.beta * multiplier if self.is_linear else self.beta
-        mixed = _residual(h, self.self_attn(h, place, angles, cache), self.alpha, beta)
-        g = self.post_attention_layernorm(mixed)
-        output, load = self.mlp(g)
-        return _residual(g, output, self.mlp_alpha, self.mlp_beta), load
-
-
-class HybridModel(nn.Module):
-    """Embedding, layers and final norm."""
-
-    def __init__(self, config: HybridConfig, **factory: Any) -> None:
-        """Build all layers, uninitialised."""
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, **factory) for i in layers)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
 
 class HybridLM(nn.Module):
@@ -105,10 +52,8 @@ class HybridLM(nn.Module):
         """Build the model with new weights; on the meta device it takes no memory."""
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
-        self.linear_multiplier = 1.0
         factory = {"device": device, "dtype": dtype}
-        self.model = HybridModel(config, **factory)
+        self.model = Decoder(config, **factory)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
         self._tie()
         self.reset_parameters()
@@ -156,49 +101,41 @@ class HybridLM(nn.Module):
             ValueError: for shapes that don't fit, padding after a token, ids outside the
                 vocabulary, or a cache without room; nothing has been written then.
         """
-        _check_ids(input_ids, self.config.vocab_size)
-        ok = attention_mask is None or cu_seqlens is None
-        expect(ok, "attention_mask or cu_seqlens", "both")
+        placement.check_ids(input_ids, self.config.vocab_size)
+        expect(attention_mask is None or cu_seqlens is None, "a mask or cu_seqlens", "both")
         _check_kept(logits_to_keep, packed=cu_seqlens is not None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            padding = None
-            if attention_mask is not None:
-                padding = placement.left_padding(attention_mask, input_ids)
-            if padding is not None:
-                assert attention_mask is not None
-                mask = attention_mask.to(input_ids.device).bool()
-                cu_seqlens = _bounds(padding, input_ids.device)
-                x, loads = self._layers(input_ids[mask][None], cu_seqlens, cache)
-                x = x.new_zeros(*mask.shape, x.shape[2]).masked_scatter(mask[..., None], x)
-                cu_seqlens = None
+            padding = placement.left_padding(attention_mask, input_ids)
+            if padding is None:
+                x, loads = self._decoded(input_ids, cu_seqlens, cache)
             else:
-                x, loads = self._layers(input_ids, cu_seqlens, cache)
+                x, loads = self._unpadded(input_ids, padding, cache)
             return self._head(x, loads, cu_seqlens, logits_to_keep, return_hidden)
 
-    def _layers(
+    def _decoded(
         self, input_ids: Tensor, cu_seqlens: Tensor | None, cache: ModelCache | None
     ) -> tuple[Tensor, list[RouterLoad]]:
         """States `[B, T, D]` behind the last layer, and the routers' loads in training."""
         if cu_seqlens is None:
             place = placement.dense(input_ids, cache)
         else:
-            cu_seqlens = placement.check_bounds(input_ids, cu_seqlens)
-            place = placement.packed(input_ids.shape[1], cu_seqlens, cache)
-        angles = self._angles(place.positions)
-        multiplier = self.linear_multiplier if self.training else 1.0
-        x, loads = self.model.embed_tokens(input_ids), []
-        for i, layer in enumerate(self.model.layers):
-            arguments = x, place, angles, None if cache is None else cache.layers[i], multiplier
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, load = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x, load = layer(*arguments)
-            loads += [load] if load is not None else []
+            place = placement.packed(input_ids, cu_seqlens, cache)
+        x, loads = self.model(input_ids, place, cache)
         if cache is not None:
             assert place.counts is not None
-            new = input_ids.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+            new = input_ids.shape[1] if place.cu_seqlens is None else place.cu_seqlens.diff()
             cache.advance(place.counts, new)
         return x, loads
+
+    def _unpadded(
+        self, input_ids: Tensor, mask: Tensor, cache: ModelCache | None
+    ) -> tuple[Tensor, list[RouterLoad]]:
+        """`_decoded` of a batch of which only the tokens under `mask` exist; 0 elsewhere."""
+        bounds = F.pad(mask.sum(1).cumsum(0), (1, 0))
+        mask = mask.to(input_ids.device)
+        packed, loads = self._decoded(input_ids[mask][None], bounds, cache)
+        x = packed.new_zeros(*mask.shape, packed.shape[2])
+        return x.masked_scatter(mask[..., None], packed), loads
 
     def _head(
         self,
@@ -214,14 +151,6 @@ class HybridLM(nn.Module):
         logits = self.lm_head(self.model.norm(kept) if hidden is None else kept)
         loss = balancing_loss(loads, self.config.router_aux_loss) if loads else None
         return HybridOutput(logits, loss, hidden)
-
-    def _angles(self, positions: Tensor) -> Angles | None:
-        """Rotary angles that all softmax layers share, None where nothing is rotated."""
-        config = self.config
-        if config.rotary_dim == 0 or all(kind == LINEAR for kind in config.layer_types):
-            return None
-        float64 = config.rotary_float64
-        return rotary_angles(positions, config.rotary_dim, config.rope_theta, float64=float64)
 
     def new_cache(
         self,
@@ -317,6 +246,24 @@ class HybridLM(nn.Module):
 
         files.save(self, path, layout=layout)
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each layer is computed again in the backward."""
+        return self.model.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.model.gradient_checkpointing = value
+
+    @property
+    def linear_multiplier(self) -> float:
+        """Factor of the lightning mixers' outputs in training."""
+        return self.model.linear_multiplier
+
+    @linear_multiplier.setter
+    def linear_multiplier(self, value: float) -> None:
+        self.model.linear_multiplier = value
+
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -326,15 +273,6 @@ class HybridLM(nn.Module):
         super()._apply(fn, recurse)
         self._tie()
         return self
-
-
-def _residual(x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
-    """alpha x + beta y, in one pass where beta is 1."""
-    return torch.add(y if beta == 1.0 else beta * y, x, alpha=alpha)
-
-
-def _bounds(counts: list[int], device: torch.device) -> Tensor:
-    return F.pad(torch.tensor(counts).cumsum(0), (1, 0)).to(device)
 
 
 def _last(x: Tensor, cu_seqlens: Tensor | None, kept: int) -> Tensor:
@@ -351,17 +289,3 @@ def _last(x: Tensor, cu_seqlens: Tensor | None, kept: int) -> Tensor:
 def _check_kept(kept: int, packed: bool) -> None:
     allowed = kept in (0, 1) if packed else kept >= 0
     expect(allowed, "logits_to_keep 0 or 1" if packed else "logits_to_keep >= 0", kept)
-
-
-def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Shape and dtype; the values too, but not of single steps on a device, which must not wait."""
-    integer = input_ids.dtype in (torch.int32, torch.int64)
-    got = f"{list(input_ids.shape)} {input_ids.dtype}"
-    expect(input_ids.ndim == 2 and integer, "input_ids [B, T] of int32 or int64", got)
-    expect(input_ids.numel() > 0, "at least one token", got)
-    if input_ids.is_meta or torch.compiler.is_compiling():
-        return
-    if input_ids.is_cuda and (input_ids.shape[1] == 1 or torch.cuda.is_current_stream_capturing()):
-        return
-    low, high = (int(x) for x in input_ids.aminmax())
-    expect(low >= 0 and high < vocab_size, f"ids in [0, {vocab_size})", f"{low} to {high}")

@@ -103,7 +103,7 @@ class MixtureOfExperts(nn.Module):
         probabilities, experts, weights = self.gate(x)
         order, offsets, counts = sort_by_expert(experts, self.num_experts)
         if self.training and self.capacity_factor is not None:
-            kept = self._kept(order, offsets, counts)
+            kept = self._kept(order, offsets, counts, self.capacity_factor)
             weights = weights * kept.view_as(weights)
         rows = self.experts(x[order // self.num_chosen], offsets)  # [S, D]
         output = _weighted_sum(rows, order, weights.to(rows.dtype))
@@ -111,13 +111,13 @@ class MixtureOfExperts(nn.Module):
             return output, None
         return output, RouterLoad(counts / x.shape[0], probabilities.mean(0))
 
-    def _kept(self, order: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+    def _kept(self, order: Tensor, offsets: Tensor, counts: Tensor, factor: float) -> Tensor:
         """Which of the `[S]` slots, in the order of the tokens, their experts have room for.
 
         A device may keep the part of its slots that all devices together may keep of theirs.
         """
         total = counts if self.global_counts is None else self.global_counts(counts)
-        share = total.sum().double() * (self.capacity_factor / self.num_experts)
+        share = total.sum().double() * (factor / self.num_experts)
         capacity = share.ceil().long()
         room = counts * capacity // torch.maximum(total, capacity)  # [E]
         place = torch.arange(order.shape[0], device=order.device)

@@ -38,7 +38,7 @@ class Placement:
     past: tuple[int, ...] | None = None
     counts: tuple[int, ...] | None = None
     rows: Tensor | None = None
-    span: int | None = None
+    span: int = 0
 
     @property
     def is_step(self) -> bool:
@@ -81,23 +81,32 @@ def dense(input_ids: Tensor, cache: ModelCache | None) -> Placement:
     cache.check_room(counts)
     positions = steps + cache.lengths[:, None]  # [B, T]
     rows = torch.arange(batch, device=device)[:, None].expand(batch, num_tokens)
-    past, span = tuple(cache.host_lengths), _span(cache) if num_tokens == 1 else None
+    past, span = tuple(cache.host_lengths), _span(cache) if num_tokens == 1 else 0
     return Placement(positions=positions, past=past, counts=counts, rows=rows, span=span)
 
 
-def packed(num_tokens: int, cu_seqlens: Tensor, cache: ModelCache | None) -> Placement:
-    """Placement of sequences packed end to end; with a cache, sequence n goes to its row n."""
-    token = torch.arange(num_tokens, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1  # [T]
-    positions = token - cu_seqlens[sequence]
+def packed(input_ids: Tensor, cu_seqlens: Tensor, cache: ModelCache | None) -> Placement:
+    """Placement of `[1, T]` tokens of sequences packed end to end, number n for cache row n.
+
+    Raises:
+        ValueError: for a batch of more than one row, or bounds that don't fit it.
+    """
+    expect(input_ids.shape[0] == 1, "packed tokens of batch 1", input_ids.shape[0])
+    check_cu_seqlens(cu_seqlens, "cu_seqlens", input_ids.device)
+    if not torch.compiler.is_compiling():
+        check_cu_seqlens_values(cu_seqlens, "cu_seqlens", input_ids.shape[1])
+    bounds = cu_seqlens.to(input_ids.device)
+    token = torch.arange(input_ids.shape[1], device=input_ids.device)
+    sequence = torch.searchsorted(bounds, token, right=True) - 1  # [T]
+    positions = token - bounds[sequence]
     if cache is None:
-        return Placement(positions=positions[None], cu_seqlens=cu_seqlens, sequence=sequence[None])
-    bounds = remembered(cu_seqlens, values_of)
-    counts = tuple(stop - start for start, stop in itertools.pairwise(bounds))
+        return Placement(positions=positions[None], cu_seqlens=bounds, sequence=sequence[None])
+    stops = remembered(cu_seqlens, values_of)
+    counts = tuple(stop - start for start, stop in itertools.pairwise(stops))
     cache.check_room(counts)
     return Placement(
         positions=(positions + cache.lengths[sequence])[None],
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=bounds,
         sequence=sequence[None],
         past=tuple(cache.host_lengths),
         counts=counts,
@@ -105,32 +114,42 @@ def packed(num_tokens: int, cu_seqlens: Tensor, cache: ModelCache | None) -> Pla
     )
 
 
-def check_bounds(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The bounds on the tokens' device, once they are seen to fit `[1, T]` packed tokens."""
-    expect(input_ids.shape[0] == 1, "packed tokens of batch 1", input_ids.shape[0])
-    check_cu_seqlens(cu_seqlens, "cu_seqlens", input_ids.device)
-    if not torch.compiler.is_compiling():
-        check_cu_seqlens_values(cu_seqlens, "cu_seqlens", input_ids.shape[1])
-    return cu_seqlens.to(input_ids.device)
-
-
-def left_padding(attention_mask: Tensor, input_ids: Tensor) -> list[int] | None:
-    """Tokens of each row of a left-padded batch, None if there is no padding.
+def left_padding(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """Mask on the CPU, `[B, T]` bool, of a batch that has padding on the left; None without any.
 
     Raises:
         ValueError: for a mask of another shape, with other values than 0 and 1, or with padding
             after a token.
     """
-    shape = list(input_ids.shape)
-    expect(list(attention_mask.shape) == shape, f"attention_mask {shape}", attention_mask.shape)
+    if attention_mask is None:
+        return None
+    got, shape = list(attention_mask.shape), list(input_ids.shape)
+    expect(got == shape, f"attention_mask of shape {shape}", got)
     mask = attention_mask.detach().cpu()
-    expect(bool(((mask == 0) | (mask == 1)).all()), "attention_mask of 0 and 1", mask.unique())
+    binary = bool(((mask == 0) | (mask == 1)).all())
+    expect(binary, "attention_mask of 0 and 1", mask.unique().tolist()[:4])
     mask = mask.bool()
     gaps = (mask[:, :-1] & ~mask[:, 1:]).any(1).nonzero().flatten().tolist()
     expect(not gaps, "padding on the left", f"padding after a token in rows {gaps[:4]}")
-    counts = mask.sum(1).tolist()
-    expect(sum(counts) > 0, "at least one token", "padding alone")
-    return None if min(counts) == input_ids.shape[1] else counts
+    expect(bool(mask.any()), "at least one token", "padding alone")
+    return None if mask.all() else mask
+
+
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise `ValueError` unless ids are `[B, T]` integers in the vocabulary, at least one.
+
+    The values of single steps on a device are taken on trust: reading them would wait for it.
+    """
+    integer = input_ids.dtype in (torch.int32, torch.int64)
+    got = f"{list(input_ids.shape)} {input_ids.dtype}"
+    expect(input_ids.ndim == 2 and integer, "input_ids [B, T] of int32 or int64", got)
+    expect(input_ids.numel() > 0, "at least one token", got)
+    if input_ids.is_meta or torch.compiler.is_compiling():
+        return
+    if input_ids.is_cuda and (input_ids.shape[1] == 1 or torch.cuda.is_current_stream_capturing()):
+        return
+    low, high = (int(x) for x in input_ids.aminmax())
+    expect(low >= 0 and high < vocab_size, f"ids in [0, {vocab_size})", f"{low} to {high}")
 
 
 def _span(cache: ModelCache) -> int:
