@@ -259,11 +259,9 @@ def softmax_attention_varlen(
     checks.expect(query.shape[0] == 1, "packed tensors of batch 1", query.shape[0])
     checks.check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", query.device)
     checks.check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", query.device)
-    checks.expect(
-        cu_seqlens_k.shape == cu_seqlens_q.shape,
-        f"cu_seqlens_k of shape {list(cu_seqlens_q.shape)} as cu_seqlens_q",
-        list(cu_seqlens_k.shape),
-    )
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        expected = f"cu_seqlens_k of shape {list(cu_seqlens_q.shape)} as cu_seqlens_q"
+        raise checks.mismatch(expected, list(cu_seqlens_k.shape))
     implementation = resolve(name, backend, problem)
     return implementation(
         query,
@@ -286,10 +284,9 @@ def _check_lightning(
     num_documents: int = 1,
 ) -> Problem:
     checks.check_qkv(query, key, value)
-    same = key.shape[1:3] == query.shape[1:3]
-    checks.expect(
-        same, f"key with query's heads and tokens {list(query.shape[1:3])}", list(key.shape[1:3])
-    )
+    if key.shape[1:3] != query.shape[1:3]:
+        expected = f"key with query's heads and tokens {list(query.shape[1:3])}"
+        raise checks.mismatch(expected, list(key.shape[1:3]))
     checks.check_log_decay(log_decay, key)
     checks.check_precision(precision, query.dtype)
     decay_grad = torch.is_grad_enabled() and log_decay.requires_grad
@@ -316,11 +313,10 @@ def _check_softmax(
 ) -> Problem:
     checks.check_qkv(query, key, value)
     heads, kv_heads = query.shape[1], key.shape[1]
-    if enable_gqa:
-        ok = kv_heads > 0 and heads % kv_heads == 0
-        checks.expect(ok, f"key heads that divide the {heads} query heads", kv_heads)
-    else:
-        checks.expect(kv_heads == heads, f"{heads} key heads (or enable_gqa=True)", kv_heads)
+    if enable_gqa and (kv_heads == 0 or heads % kv_heads):
+        raise checks.mismatch(f"key heads that divide the {heads} query heads", kv_heads)
+    if not enable_gqa and kv_heads != heads:
+        raise checks.mismatch(f"{heads} key heads (or enable_gqa=True)", kv_heads)
     if attn_mask is not None:
         shape = (query.shape[0], heads, query.shape[2], key.shape[2])
         pairs = zip(reversed(attn_mask.shape), reversed(shape), strict=False)

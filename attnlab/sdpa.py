@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnlab import reference
 from attnlab.checks import remembered
+from attnlab.custom_op import CustomOp
 
 _BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -142,9 +143,7 @@ def _parts(
     if groups > 1 and kernel != "flash":  # FlashAttention alone shares keys by itself
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    return torch.ops.attnlab.softmax_parts(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, kernel
-    )
+    return _softmax_parts(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, kernel)
 
 
 def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -193,8 +192,7 @@ def _documents(
         yield [p for p in parts if p[0].stop > p[0].start and p[1].stop > p[1].start]
 
 
-@torch.library.custom_op("attnlab::softmax_parts", mutates_args=())
-def _softmax_parts(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -218,8 +216,7 @@ def _softmax_parts(
     return output, lse
 
 
-@_softmax_parts.register_fake
-def _(
+def _fake_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -241,8 +238,7 @@ def _merge(output: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> tuple[T
     return (output * weights[0] + new * weights[1]).to(output.dtype), total
 
 
-@torch.library.custom_op("attnlab::softmax_parts_backward", mutates_args=())
-def _softmax_parts_backward(
+def _differentiate(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -272,8 +268,7 @@ def _softmax_parts_backward(
     return grad_query.to(query.dtype), grad_key, grad_value
 
 
-@_softmax_parts_backward.register_fake
-def _(
+def _fake_differentiate(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -292,6 +287,9 @@ def _(
     return dq, dk, dv
 
 
+_gradients = CustomOp("softmax_parts_backward", _differentiate, _fake_differentiate)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
     ctx.flags = inputs[5:]
@@ -304,13 +302,19 @@ def _autograd_backward(
     query, key, value, output, lse, cu_q, cu_k = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    grads = torch.ops.attnlab.softmax_parts_backward(
+    grads = _gradients(
         grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, *ctx.flags
     )
     return *grads, None, None, None, None, None
 
 
-_softmax_parts.register_autograd(_autograd_backward, setup_context=_save_for_backward)
+_softmax_parts = CustomOp(
+    "softmax_parts",
+    _attend,
+    _fake_attend,
+    setup_context=_save_for_backward,
+    backward=_autograd_backward,
+)
 
 
 def _widen(x: Tensor, dim: int) -> Tensor:

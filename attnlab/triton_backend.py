@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnlab.checks import values_of
+from attnlab.custom_op import CustomOp
 from attnlab.triton_schedules import MAX_REMEMBERED, Call, schedule_of
 from kernels_triton import lightning, lightning_decode
 
@@ -30,8 +31,7 @@ def _contiguous_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("attnlab::lightning_triton", mutates_args=())
-def _lightning_triton(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -63,8 +63,7 @@ def _empty_state(key: Tensor, value: Tensor, cu_seqlens: Tensor | None, needed: 
     return key.new_empty(shape, dtype=torch.float32)
 
 
-@_lightning_triton.register_fake
-def _(
+def _fake_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -80,8 +79,7 @@ def _(
     return output, _empty_state(key, value, cu_seqlens, return_final_state)
 
 
-@torch.library.custom_op("attnlab::lightning_triton_backward", mutates_args=())
-def _lightning_triton_backward(
+def _differentiate(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -112,8 +110,7 @@ def _lightning_triton_backward(
     return *grads, grad_state
 
 
-@_lightning_triton_backward.register_fake
-def _(
+def _fake_differentiate(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -131,6 +128,9 @@ def _(
     return dq, dk, dv, _empty_state(key, value, cu_seqlens, initial_state is not None)
 
 
+_gradients = CustomOp("lightning_triton_backward", _differentiate, _fake_differentiate)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:6])
     ctx.scale, _, ctx.precision, ctx.may_read = inputs[6:]
@@ -145,7 +145,7 @@ def _autograd_backward(
         grad_output = query.new_zeros(*query.shape[:3], value.shape[3])
     if grad_final_state is not None and grad_final_state.numel() == 0:
         grad_final_state = None
-    dq, dk, dv, grad_state = torch.ops.attnlab.lightning_triton_backward(
+    dq, dk, dv, grad_state = _gradients(
         query, key, value, log_decay, initial_state, cu_seqlens, grad_output, grad_final_state,
         ctx.scale, ctx.precision, ctx.may_read,
     )  # fmt: skip
@@ -153,7 +153,13 @@ def _autograd_backward(
     return dq, dk, dv, None, grad_state if initial_state is not None else None, *no_more
 
 
-_lightning_triton.register_autograd(_autograd_backward, setup_context=_save_for_backward)
+_attention = CustomOp(
+    "lightning_triton",
+    _attend,
+    _fake_attend,
+    setup_context=_save_for_backward,
+    backward=_autograd_backward,
+)
 
 
 def lightning_attention(
@@ -170,9 +176,9 @@ def lightning_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Output `[B, H, T, V]` and final states (float32, `[B or documents, H, K, V]`) or None."""
     may_read = not torch.compiler.is_compiling()
-    output, state = torch.ops.attnlab.lightning_triton(
+    output, state = _attention(
         query, key, value, log_decay, initial_state, cu_seqlens,
-        scale, return_final_state, precision, may_read,
+        float(scale), return_final_state, precision, may_read,
     )  # fmt: skip
     return output, state if return_final_state else None
 
@@ -184,8 +190,7 @@ def lightning_attention_varlen(
     return lightning_attention(query, key, value, log_decay, cu_seqlens=cu_seqlens, **flags)
 
 
-@torch.library.custom_op("attnlab::lightning_state_triton", mutates_args=())
-def _lightning_state_triton(
+def _sum_up(
     key: Tensor, value: Tensor, log_decay: Tensor, initial_state: Tensor | None, may_read: bool
 ) -> Tensor:
     key, value = _contiguous_last(key), _contiguous_last(value)
@@ -197,8 +202,7 @@ def _lightning_state_triton(
     )
 
 
-@_lightning_state_triton.register_fake
-def _(
+def _fake_sum_up(
     key: Tensor, value: Tensor, log_decay: Tensor, initial_state: Tensor | None, may_read: bool
 ) -> Tensor:
     return _empty_state(key, value, None, True)
@@ -213,14 +217,18 @@ def _autograd_state_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     """The gradient of attention whose output has none: queries don't matter then."""
     key, value, log_decay, initial_state = ctx.saved_tensors
     nothing = torch.zeros_like(value)
-    _, dk, dv, grad_state = torch.ops.attnlab.lightning_triton_backward(
+    _, dk, dv, grad_state = _gradients(
         key, key, value, log_decay, initial_state, None, nothing, grad, 1.0, "default", ctx.may_read
     )
     return dk, dv, None, grad_state if initial_state is not None else None, None
 
 
-_lightning_state_triton.register_autograd(
-    _autograd_state_backward, setup_context=_save_for_state_backward
+_state = CustomOp(
+    "lightning_state_triton",
+    _sum_up,
+    _fake_sum_up,
+    setup_context=_save_for_state_backward,
+    backward=_autograd_state_backward,
 )
 
 
@@ -229,11 +237,10 @@ def lightning_state(
 ) -> Tensor:
     """State `[B, H, K, V]` float32 after all tokens."""
     may_read = not torch.compiler.is_compiling()
-    return torch.ops.attnlab.lightning_state_triton(key, value, log_decay, initial_state, may_read)
+    return _state(key, value, log_decay, initial_state, may_read)
 
 
-@torch.library.custom_op("attnlab::lightning_decode_triton_", mutates_args=("state",))
-def _lightning_decode_triton(
+def _step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -247,8 +254,7 @@ def _lightning_decode_triton(
     return lightning_decode.decode_(query, key, value, decay, state, slots=slots, scale=scale)
 
 
-@_lightning_decode_triton.register_fake
-def _(
+def _fake_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -258,6 +264,9 @@ def _(
     scale: float,
 ) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+_decode_ = CustomOp("lightning_decode_triton_", _step, _fake_step, mutates=("state", 4))
 
 
 def lightning_decode_(
@@ -282,6 +291,4 @@ def lightning_decode_(
         raise ValueError(
             f"expected a state with a contiguous last dim, got stride {state.stride(3)}"
         )
-    return torch.ops.attnlab.lightning_decode_triton_(
-        query, key, value, log_decay, state, slots, scale
-    )
+    return _decode_(query, key, value, log_decay, state, slots, float(scale))

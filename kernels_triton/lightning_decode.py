@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels_triton.launcher import Launcher, kind_of
 from kernels_triton.lightning.scan import round_to
 from kernels_triton.tiles import decode_width, padded
 
@@ -46,6 +47,9 @@ def decode_kernel(
     tl.store(p_o + (i_b * H + i_h) * V + o_v, round_to(b_o, p_o.dtype.element_ty), mask=m_v)
 
 
+_launch = Launcher(decode_kernel)
+
+
 def decode_(
     query: Tensor,
     key: Tensor,
@@ -69,11 +73,12 @@ def decode_(
     output = torch.empty(batch, heads, 1, v_dim, dtype=query.dtype, device=query.device)
     block_k = padded(k_dim)
     block_v = min(padded(v_dim), decode_width(block_k))
-    strides = [s for x in (query, key, value) for s in x.stride()[:2]]
-    grid = (batch * heads * triton.cdiv(v_dim, block_v),)
-    decode_kernel[grid](
-        query, key, value, log_decay, state, slots, output,
-        *strides, *state.stride()[:3], scale, heads,
-        K=k_dim, V=v_dim, BK=block_k, BV=block_v, num_warps=4,
-    )  # fmt: skip
+    (s_qb, s_qh, _, _), (s_kb, s_kh, _, _) = query.stride(), key.stride()
+    (s_vb, s_vh, _, _), (s_sp, s_sh, s_sk, _) = value.stride(), state.stride()
+    sizes = s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_sp, s_sh, s_sk
+    pointers = query, key, value, log_decay, state, slots, output
+    constants = {"K": k_dim, "V": v_dim, "BK": block_k, "BV": block_v}
+    kind = *kind_of(query.device, *pointers), heads, *sizes
+    grid = batch * heads * -(-v_dim // block_v), 1, 1
+    _launch(grid, (*pointers, *sizes, scale, heads), constants, kind)
     return output

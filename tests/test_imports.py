@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["problem", "decay"],
     ["reference", "checks", "segments", "planner"],
-    ["registry", "triton_schedules"],
+    ["registry", "triton_schedules", "custom_op"],
     ["chunked", "sdpa", "fla", "triton_backend"],
     ["backends"],
     ["functional", "testing", "cache"],
