@@ -231,6 +231,19 @@ def test_logits_over_blocks_of_the_default_size_are_those_of_transformers(tmp_pa
         assert deviation(ours(ids).logits, theirs(ids).logits) < TOLERANCE
 
 
+def test_small_lightning_outputs_are_normed_with_an_epsilon_of_their_own(tmp_path):
+    """Where values are small the epsilon decides: 1e-6 for these, whatever rms_norm_eps is."""
+    ours = make_ours(make_config((LINEAR, LINEAR, FULL), rms_norm_eps=1e-3))
+    with torch.no_grad():
+        for layer in ours.model.layers[:2]:
+            layer.self_attn.qkv_proj.weight *= 0.1
+        ids = make_ids()
+        theirs = to_theirs(ours, tmp_path)
+        expected = defined_logits(ours, ids, tmp_path)
+        assert deviation(ours(ids).logits, expected) < TOLERANCE
+        assert deviation(ours(ids).logits, theirs(ids).logits) < TOLERANCE
+
+
 @pytest.mark.parametrize("stack", ["full-first", "released-order"])
 def test_gradients_of_all_parameters_are_those_of_transformers(tmp_path, stack):
     ours, theirs = make_pair(tmp_path, STACKS[stack])

@@ -234,6 +234,18 @@ def test_loading_fills_a_model_that_has_weights_already(tmp_path):
     assert places == {name: weight.data_ptr() for name, weight in other.named_parameters()}
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_is_saved_from_a_device_and_loaded_onto_it(tmp_path, layout, device):
+    model = small_model().to(device)
+    checkpoint.save(model, tmp_path, layout=layout, max_shard_bytes=SHARD_BYTES)
+    loaded = HybridLM.from_pretrained(tmp_path, device=device)
+    assert_same_weights(loaded, weights(model))
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        assert tensor.device.type == device
+    ids = torch.arange(12, device=device)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 def test_one_error_lists_missing_unexpected_and_misshaped_tensors_and_changes_nothing(tmp_path):
     model = small_model()
     checkpoint.save(model, tmp_path, max_shard_bytes=SHARD_BYTES)

@@ -28,6 +28,7 @@ HEAVY = (
     "pandas",
     "matplotlib",
     "transformers",
+    "safetensors",
     "cupy",
     "fla",
     "triton",
