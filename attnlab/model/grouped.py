@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnlab.custom_op import CustomOp
+
 _FEW_ROWS = 64  # below, gathering a weight a row is cheaper than waiting for the device
 
 
@@ -27,30 +29,31 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    return torch.ops.attnlab.grouped_linear(x, weight, offsets)
+    return _linear(x, weight, offsets)
 
 
-@torch.library.custom_op("attnlab::grouped_linear", mutates_args=())
-def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return _product(x, weight.mT, offsets)
 
 
-@_grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _fake_multiply(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("attnlab::grouped_linear_backward", mutates_args=())
-def _grouped_linear_backward(
+def _differentiate(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous()
     return _product(grad, weight, offsets), _outer(grad, x, offsets)
 
 
-@_grouped_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_differentiate(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+_gradients = CustomOp("grouped_linear_backward", _differentiate, _fake_differentiate)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -58,10 +61,16 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *torch.ops.attnlab.grouped_linear_backward(grad, *ctx.saved_tensors), None
+    return *_gradients(grad, *ctx.saved_tensors), None
 
 
-_grouped_linear.register_autograd(_autograd_backward, setup_context=_save_for_backward)
+_linear = CustomOp(
+    "grouped_linear",
+    _multiply,
+    _fake_multiply,
+    setup_context=_save_for_backward,
+    backward=_autograd_backward,
+)
 
 
 def _product(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
