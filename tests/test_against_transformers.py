@@ -36,6 +36,15 @@ STACKS = {
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other over a few numbers cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_config(layer_types, **changes):
     fields = {
         "vocab_size": 61,
