@@ -114,15 +114,20 @@ def test_transformers_reads_its_own_spelling_as_we_mean_it():
 @pytest.mark.parametrize("full", [True, False], ids=["to_dict", "to_diff_dict"])
 def test_what_transformers_writes_is_read(full):
     theirs = MiniMaxConfig(
-        vocab_size=99, hidden_size=64, num_attention_heads=4, num_key_value_heads=None
+        vocab_size=99, hidden_size=64, num_attention_heads=4, num_key_value_heads=2
     )
     config = HybridConfig.from_dict(theirs.to_dict() if full else theirs.to_diff_dict())
     assert config.vocab_size == 99
-    assert config.num_key_value_heads == 4
+    assert config.num_key_value_heads == 2
     assert config.head_dim == config.rotary_dim == 16  # hidden_size / heads, all of it rotated
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert config.layer_types == tuple(theirs.layer_types)
     assert config.full_attn_alpha_factor == 1.0
+
+
+def test_without_key_heads_every_head_has_its_own():
+    raw = HybridConfig.tiny().to_dict() | {"num_key_value_heads": None}
+    assert HybridConfig.from_dict(raw).num_key_value_heads == 4
 
 
 @pytest.mark.parametrize(
