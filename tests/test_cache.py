@@ -19,6 +19,15 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are tiny: on busy cores a second thread waits far longer than it works."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "split",
     [[24], [23, 1], [1, 23], [1] * 24, [2, 1, 1, 9, 1, 10], [12, 12], [3, 2, 1, 2, 3, 13]],
