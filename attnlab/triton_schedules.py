@@ -160,6 +160,7 @@ def num_multiprocessors(device: torch.device) -> int:
 
 def _known_values(x: Tensor, may_read: bool) -> tuple | None:
     """Values of a small tensor; None if they can't be read."""
-    if may_read and not is_capturing(x):
+    known = recall(x, values_of)
+    if known is None and may_read and not is_capturing(x):
         return remembered(x, values_of)
-    return recall(x, values_of)
+    return known

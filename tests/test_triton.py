@@ -266,6 +266,7 @@ DEFECTS = [
 
 
 @runs_kernels
+@pytest.mark.parametrize("multiprocessors", [132], indirect=True, ids=["132mp"])
 @pytest.mark.parametrize(("mode", "defect"), DEFECTS, ids=[d.__name__ for _, d in DEFECTS])
 def test_a_planted_defect_is_caught(schedules, multiprocessors, monkeypatch, mode, defect, device):
     inputs = inputs_of(device, T=333)
