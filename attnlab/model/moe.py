@@ -37,18 +37,16 @@ class Router(nn.Module):
     def __init__(self, config: HybridConfig, **factory: Any) -> None:
         """Make the weight `[E, D]`."""
         super().__init__()
-        self.num_chosen = config.num_experts_per_tok
         shape = config.num_local_experts, config.hidden_size
         self.weight = nn.Parameter(torch.empty(shape, **factory))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities `[N, E]`, the chosen experts `[N, k]`, and their weights `[N, k]`."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[N, E]` of `[N, D]`."""
+        wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
-        probabilities = logits.softmax(-1)
-        weights, experts = probabilities.topk(self.num_chosen, dim=-1)
-        return probabilities, experts, weights / weights.sum(-1, keepdim=True)
+            if _multiplies_into_float32(x, self.weight):
+                return torch.mm(x, self.weight.T, out_dtype=wide)
+            return F.linear(x.to(wide), self.weight.to(wide))
 
 
 class Experts(nn.Module):
@@ -73,7 +71,7 @@ class MixtureOfExperts(nn.Module):
 
     In training with a `capacity_factor`, an expert takes at most its share of slots, in the order
     of the tokens, and the slots that are dropped weigh nothing. `global_counts` is for training on
-    several devices: it maps this device's slots of each expert, `[E]` int64, to their sums over all
+    several devices: it maps this device's slots of each expert, `[E]` int32, to their sums over all
     devices, before it is decided how many to drop; by default the counts are all there are.
     """
 
@@ -100,16 +98,19 @@ class MixtureOfExperts(nn.Module):
         return output.view(hidden.shape), None
 
     def _mix(self, x: Tensor) -> tuple[Tensor, RouterLoad | None]:
-        probabilities, experts, weights = self.gate(x)
-        order, offsets, counts = sort_by_expert(experts, self.num_experts)
-        if self.training and self.capacity_factor is not None:
-            kept = self._kept(order, offsets, counts, self.capacity_factor)
-            weights = weights * kept.view_as(weights)
+        logits = self.gate(x)
+        best, experts = logits.topk(self.num_chosen, dim=-1)
+        weights = best.softmax(-1)  # that over all experts, divided by the sum of the chosen ones
+        order, offsets = sort_by_expert(experts, self.num_experts)
+        load = None
+        if self.training:
+            counts = offsets.diff(prepend=offsets.new_zeros(1))
+            load = RouterLoad(counts / x.shape[0], logits.softmax(-1).mean(0))
+            if self.capacity_factor is not None:
+                kept = self._kept(order, offsets, counts, self.capacity_factor)
+                weights = weights * kept.view_as(weights)
         rows = self.experts(x[order // self.num_chosen], offsets)  # [S, D]
-        output = _weighted_sum(rows, order, weights.to(rows.dtype))
-        if not self.training:
-            return output, None
-        return output, RouterLoad(counts / x.shape[0], probabilities.mean(0))
+        return _weighted_sum(rows, order, weights.to(rows.dtype)), load
 
     def _kept(self, order: Tensor, offsets: Tensor, counts: Tensor, factor: float) -> Tensor:
         """Which of the `[S]` slots, in the order of the tokens, their experts have room for.
@@ -126,15 +127,14 @@ class MixtureOfExperts(nn.Module):
         return torch.zeros_like(place, dtype=torch.bool).index_copy(0, order, rank < room[expert])
 
 
-def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Order `[S]` that sorts the slots of `experts` `[N, k]`, their runs' ends, and lengths `[E]`.
+def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Order `[S]` that sorts the slots of `experts` `[N, k]`, and the ends `[E]` of their runs.
 
-    Slots of one expert stay in the order of the tokens.
+    The ends are int32. Slots of one expert stay in the order of the tokens.
     """
     sorted_experts, order = experts.flatten().sort(stable=True)
     number = torch.arange(num_experts, device=experts.device)
-    ends = torch.searchsorted(sorted_experts, number, right=True)
-    return order, ends.to(torch.int32), ends.diff(prepend=ends.new_zeros(1))
+    return order, torch.searchsorted(sorted_experts, number, right=True, out_int32=True)
 
 
 def balancing_loss(loads: list[RouterLoad], normalisation: str) -> Tensor:
@@ -150,6 +150,15 @@ def balancing_loss(loads: list[RouterLoad], normalisation: str) -> Tensor:
     if normalisation == "transformers":
         return num_experts * (fraction.mean(0) * probability.mean(0)).sum()
     return (fraction * probability).sum(1).mean() / num_experts
+
+
+def _multiplies_into_float32(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of 16-bit operands can give its float32 sums, which saves their copies.
+
+    torch has such products on GPUs, without gradients.
+    """
+    half = x.is_cuda and x.dtype == weight.dtype and x.dtype.itemsize == 2
+    return half and not torch.is_grad_enabled()
 
 
 def _weighted_sum(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
