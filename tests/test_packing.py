@@ -16,7 +16,7 @@ END = ByteTokenizer.eos_token_id
 def write_documents(folder, lengths):
     """Files of distinct bytes: document i counts up from i, so that every window is telling."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [bytes((i * 31 + j) % 256 for j in range(n)) for i, n in enumerate(lengths)]
+    texts = [bytes((i * 31 + j) % 255 + 1 for j in range(n)) for i, n in enumerate(lengths)]
     for i, text in enumerate(texts):
         (folder / f"{i:03}.txt").write_bytes(text)
     return texts
@@ -47,6 +47,7 @@ def documents_of(corpus):
 def test_documents_of_a_folder_are_read_whole_and_each_lies_on_one_side(tmp_path):
     texts = write_documents(tmp_path / "a" / "b", range(1, 60))
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "module.pyc").write_bytes(b"binary\0file")
     training, validation = read_corpus([str(tmp_path)], ByteTokenizer(), validation_share=0.2)
     assert sorted(documents_of(training) + documents_of(validation)) == sorted(texts)
     assert 3 <= len(validation.starts) <= 25  # 12 of 59 expected, 3 standard deviations around it

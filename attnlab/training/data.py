@@ -17,6 +17,8 @@ import numpy as np
 from attnlab.training.tokenizer import Tokenizer
 
 HASH_RANGE = 2**64
+# Bytes in which a zero marks a file of a folder as binary, as git does it; such a file is left out.
+BINARY_PROBE = 8000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,8 @@ def read_corpus(
 
     The hash of its content puts a document on one side or the other: copies of a document stay
     together, and files that come or go move no other. Each side gets at least one document; of a
-    corpus that is a single document the last part is for validation.
+    corpus that is a single document the last part is for validation. Binary files in a folder are
+    left out.
 
     Raises:
         ValueError: for a path that can't be read, or a corpus without text.
@@ -115,24 +118,29 @@ def read_corpus(
 
 
 def _texts(sources: Sequence[str]) -> Iterator[bytes]:
-    """Contents of all files, folders in the order of their names."""
-    for path in _paths(sources):
+    """Contents of all files, those of a folder in the order of their names."""
+    for path, named in _paths(sources):
         try:
-            yield path.read_bytes()
+            text = path.read_bytes()
         except OSError as error:
             raise ValueError(f"expected a readable corpus, got {path}: {error.strerror}") from None
+        if named or b"\0" not in text[:BINARY_PROBE]:
+            yield text
 
 
-def _paths(sources: Sequence[str]) -> Iterator[Path]:
+def _paths(sources: Sequence[str]) -> Iterator[tuple[Path, bool]]:
+    """Files, and whether each was named itself and not its folder."""
     if not sources:
         library = Path(sysconfig.get_paths()["stdlib"])
-        yield from sorted(f for f in library.rglob("*.py") if "site-packages" not in f.parts)
+        for path in sorted(library.rglob("*.py")):
+            if "site-packages" not in path.parts:
+                yield path, False
     for source in sources:
         root = Path(source)
         if root.is_dir():
-            yield from sorted(f for f in root.rglob("*") if f.is_file())
+            yield from ((path, False) for path in sorted(root.rglob("*")) if path.is_file())
         else:
-            yield root
+            yield root, True
 
 
 def _held_out(hashes: list[int], share: float) -> np.ndarray:
