@@ -28,6 +28,7 @@ HEAVY = (
     "pandas",
     "matplotlib",
     "transformers",
+    "tokenizers",
     "safetensors",
     "cupy",
     "fla",

@@ -103,9 +103,7 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer as Engine
         except ImportError:
-            raise ValueError(
-                f"{path} needs the tokenizers library: pip install tokenizers"
-            ) from None
+            raise ValueError(f"{path} needs tokenizers: pip install 'attnlab[train]'") from None
         self.name = str(path)
         try:
             self.text = path.read_text(encoding="utf-8")
