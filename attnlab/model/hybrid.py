@@ -167,13 +167,8 @@ class HybridLM(nn.Module):
         expect(batch >= 1 and capacity >= 1, "batch and capacity >= 1", (batch, capacity))
         weight = self.lm_head.weight
         dtype, device = dtype or weight.dtype, torch.device(device or weight.device)
-        config = self.config
+        config, dim = self.config, self.config.head_dim
         taps = max(config.conv_width - 1, 0)
-        heads, kv_heads, dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
@@ -183,9 +178,10 @@ class HybridLM(nn.Module):
             conv_inputs = zeros(taps, config.hidden_size) if taps else None
             if kind == LINEAR:
                 wide = torch.promote_types(dtype, torch.float32)
-                layers.append(StateCache(zeros(heads, dim, dim, dtype=wide), conv_inputs))
+                state = zeros(config.num_attention_heads, dim, dim, dtype=wide)
+                layers.append(StateCache(state, conv_inputs))
             else:
-                shape = kv_heads, capacity, dim
+                shape = config.num_key_value_heads, capacity, dim
                 layers.append(KVCache(zeros(*shape), zeros(*shape), conv_inputs))
         return ModelCache(layers, zeros(dtype=torch.int64), capacity)
 

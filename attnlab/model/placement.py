@@ -29,7 +29,8 @@ class Placement:
     `positions` `[B or 1, T]` int64 count from the start of each sequence. `cu_seqlens` `[N+1]` and
     `sequence` `[1, T]`, the number of each token's sequence, are None for dense rows. With a cache,
     `past` and `counts` are the tokens of each sequence before this call and in it, known on the
-    host, and `rows` `[B or 1, T]` the cache rows of the tokens; without one they are None.
+    host, and `rows` `[B or 1, T]` the cache rows of the tokens; without one they are None. `span`
+    is the number of cache slots that a single step looks at.
     """
 
     positions: Tensor
