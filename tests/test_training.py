@@ -267,12 +267,37 @@ def test_how_a_step_is_cut_into_packs_changes_nothing():
     results = []
     for packs in ([whole], [first, second]):
         model = small_model(router_aux_loss_coef=0.0)
+        trainer = Trainer(model, dtype=torch.float32, weight_decay=0.0, clip_norm=1.0)
         total = sum(backward(model, p, num_targets=130) for p in packs)
-        results.append((total / 130, [p.grad for p in model.parameters()]))
-    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-5)
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        loss, norm = trainer.step(packs, learning_rate=0.0, multiplier=1.0)
+        assert loss.item() == pytest.approx(total.item() / 130, rel=1e-6)
+        assert norm.item() == pytest.approx(nn.utils.get_total_norm(gradients).item(), rel=1e-6)
+        results.append((loss.item(), gradients))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for a, b in zip(results[0][1], results[1][1], strict=True):
-        scale = a.abs().max().item()
-        torch.testing.assert_close(a, b, rtol=0, atol=64 * EPS * scale)
+        # Sums of 130 terms in another order.
+        torch.testing.assert_close(a, b, rtol=0, atol=64 * EPS * a.abs().max().item())
+
+
+def test_the_routers_loss_counts_with_its_coefficient_and_the_packs_share():
+    pack = pack_of(random_documents([50, 14]))
+
+    def router_gradients(coefficient):
+        model = small_model(router_aux_loss_coef=coefficient)
+        backward(model, pack, num_targets=4 * 64)  # a quarter of a step
+        return [layer.mlp.gate.weight.grad.double() for layer in model.model.layers]
+
+    model = small_model()
+    model(pack.input_ids, cu_seqlens=pack.cu_seqlens).aux_loss.backward()
+    for layer, plain, more in zip(
+        model.model.layers, router_gradients(0.0), router_gradients(8.0), strict=True
+    ):
+        expected = 8.0 / 4 * layer.mlp.gate.weight.grad.double()
+        # Rounded at the size of the sum that they are the difference of.
+        scale = max(plain.abs().max().item(), expected.abs().max().item())
+        torch.testing.assert_close(more - plain, expected, rtol=0, atol=64 * EPS * scale)
 
 
 def test_activation_checkpointing_gives_the_same_gradients():

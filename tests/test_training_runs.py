@@ -123,7 +123,30 @@ def test_a_run_that_meets_a_nan_names_step_and_layer_and_keeps_the_last_checkpoi
     assert resume(tmp_path).step == 8
 
 
-def start_run(out, corpus, *arguments):
+def test_a_run_that_fails_before_its_first_checkpoint_is_resumed_from_the_start(
+    corpus, tmp_path, monkeypatch
+):
+    plain, calls = Trainer.step, []
+
+    def failing(trainer, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError
+        return plain(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", failing)
+    with pytest.raises(MemoryError):
+        train(settings(tmp_path, corpus), model_config=SMALL)
+    losses = [line["loss"] for line in steps_of(tmp_path)]
+    monkeypatch.undo()
+    assert resume(tmp_path).step == 8
+    lines = [(line["event"], line["step"]) for line in read_log(tmp_path / "log.jsonl")]
+    steps = [("step", step) for step in range(1, 9)]
+    assert lines == [("validation", 0), *steps, ("validation", 8)]
+    assert [line["loss"] for line in steps_of(tmp_path)[:3]] == losses
+
+
+def start_run(out, *arguments):
     command = [sys.executable, "-m", "attnlab.cli", "train", "--out", str(out), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -151,21 +174,21 @@ def test_a_run_interrupted_and_killed_ends_with_the_bits_of_an_undisturbed_one(c
     )
     arguments = arguments.format(corpus).split()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start_run(whole, corpus, *arguments), 0)
+    finish(start_run(whole, *arguments), 0)
 
-    first = start_run(broken, corpus, *arguments)
+    first = start_run(broken, *arguments)
     wait_for_step(first, broken, 2)
     first.send_signal(signal.SIGINT)
     assert "go on with: attnlab train --resume" in finish(first, 130)
     after_signal = checkpoints.load_checkpoint(broken / "checkpoints")["step"]
     assert steps_of(broken)[-1]["step"] == after_signal < 24
 
-    second = start_run(broken, corpus, "--resume")
+    second = start_run(broken, "--resume")
     wait_for_step(second, broken, max(after_signal, 10) + 2)
     second.kill()
     finish(second, -signal.SIGKILL)
     assert not (broken / "model").exists()
-    finish(start_run(broken, corpus, "--resume"), 0)
+    finish(start_run(broken, "--resume"), 0)
 
     states = [checkpoints.load_checkpoint(out / "checkpoints") for out in (whole, broken)]
     flat = [dict(tensors_of(state)) for state in states]

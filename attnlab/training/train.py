@@ -27,7 +27,7 @@ from attnlab.model.config import HybridConfig
 from attnlab.model.hybrid import HybridLM
 from attnlab.training.checkpoints import load_checkpoint, save_checkpoint, write_atomically
 from attnlab.training.config import DTYPES, TrainConfig, check_vocabulary, lab_model
-from attnlab.training.data import Corpus, read_corpus
+from attnlab.training.data import read_corpus
 from attnlab.training.guard import NonFiniteError, StopSignal
 from attnlab.training.log import Record, RunLog
 from attnlab.training.objective import Validation, validate
@@ -112,9 +112,15 @@ class _Run:
             config.corpus, tokenizer, validation_share=config.validation_share
         )
         self.fingerprint = training.fingerprint() + self.held_out.fingerprint()
-        self.data = self._packed(training, config.pack_len)
-        self.validation_data = self._packed(
-            self.held_out, min(config.pack_len, self.held_out.num_targets)
+        self.data = PackedCorpus(
+            training, pack_len=config.pack_len, seq_len=config.seq_len, seed=config.seed
+        )
+        # Its seed is fixed, so that runs of all seeds are judged on the same packs.
+        self.validation_data = PackedCorpus(
+            self.held_out,
+            pack_len=min(config.pack_len, self.held_out.num_targets),
+            seq_len=config.seq_len,
+            seed=0,
         )
         torch.manual_seed(config.seed)
         model = HybridLM(model_config, device=torch.device(config.device), dtype=torch.float32)
@@ -129,14 +135,14 @@ class _Run:
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
         )
-        self.step = self.saved_step = 0
+        self.step, self.saved_step = 0, -1  # -1: nothing is saved
 
     def execute(self) -> TrainResult:
         """All steps that are left, and the model's folder at their end."""
         config, validation = self.config, None
         self._restore()
         with (
-            closing(RunLog(self.out / "log.jsonl", step=self.step)) as self.log,
+            closing(RunLog(self.out / "log.jsonl", step=self.saved_step)) as self.log,
             Progress(step=self.step, steps=config.steps) as self.progress,
             StopSignal() as stop,
         ):
@@ -220,8 +226,9 @@ class _Run:
     def _fail(self, step: int) -> None:
         """Raise for a step that was not finite and that changed nothing: the layer can be found."""
         what = self.trainer.find_non_finite(self._packs(step), multiplier=self._multiplier(step))
-        good = f"step {self.saved_step}" if self.saved_step else "the start: there is none"
-        raise NonFiniteError(f"step {step}: {what} is not finite; the last checkpoint is of {good}")
+        saved = f"the last checkpoint is of step {self.saved_step}"
+        saved = saved if self.saved_step > 0 else "there is no checkpoint yet"
+        raise NonFiniteError(f"step {step}: {what} is not finite; {saved}")
 
     def _validate(self) -> Validation:
         """Losses on the validation documents, always on the same packs."""
@@ -258,7 +265,3 @@ class _Run:
         self.trainer.model.save_pretrained(folder, layout="transformers")
         self.tokenizer.save(folder)
         return folder
-
-    def _packed(self, corpus: Corpus, pack_len: int) -> PackedCorpus:
-        seq_len, seed = self.config.seq_len, self.config.seed
-        return PackedCorpus(corpus, pack_len=pack_len, seq_len=seq_len, seed=seed)
