@@ -16,9 +16,11 @@ from attnlab.model.config import HybridConfig
 from attnlab.model.hybrid import HybridLM
 from attnlab.training import checkpoints
 from attnlab.training.config import TrainConfig
+from attnlab.training.data import read_corpus
 from attnlab.training.guard import NonFiniteError
 from attnlab.training.log import read_log
 from attnlab.training.options import field_helps
+from attnlab.training.tokenizer import load_tokenizer
 from attnlab.training.train import resume, train
 from attnlab.training.trainer import Trainer
 
@@ -78,6 +80,32 @@ def test_a_run_lowers_the_validation_loss_and_leaves_a_model_with_its_tokenizer(
     assert next(model.parameters()).dtype == getattr(torch, dtype)
     record = json.loads((result.model_path / "tokenizer_config.json").read_text())
     assert record["tokenizer_class"] == "attnlab.ByteTokenizer"
+
+
+def test_a_run_with_a_tokenizer_file_counts_bits_by_the_byte_and_keeps_the_file(corpus, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE())
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=60, special_tokens=["</s>"], show_progress=False
+    )
+    engine.train([f"{corpus}/{i:02}.txt" for i in range(40)], trainer)
+    path = tmp_path / "tokenizer.json"
+    engine.save(str(path))
+    given = {"tokenizer": str(path), "steps": 1, "size": "tiny", "vocab_size": 64}
+    result = train(settings(tmp_path / "run", corpus, **given))
+
+    assert HybridLM.from_pretrained(result.model_path).config.vocab_size == 64
+    tokenizer = load_tokenizer(result.model_path)
+    assert tokenizer.engine.to_str() == engine.to_str() and tokenizer.eos_token_id == 0
+    _, held_out = read_corpus([corpus], tokenizer, validation_share=0.1)
+    bytes_a_token = held_out.sizes.sum() / held_out.num_targets
+    assert bytes_a_token > 2
+    bits = result.validation.nats / math.log(2) / bytes_a_token
+    assert result.validation.bits_per_byte == pytest.approx(bits, rel=1e-9)
+
+    with pytest.raises(ValueError, match=f"at most the 40 ids .* got {tokenizer.vocab_size} in"):
+        train(settings(tmp_path / "other", corpus, **{**given, "vocab_size": 40}))
 
 
 def test_a_log_line_says_what_the_step_did(corpus, tmp_path):
