@@ -12,7 +12,9 @@ class Tile:
     """How a scan is cut: tokens a chunk, columns of c a program, and the launch's parameters.
 
     `programs_per_sm` is how many programs a multiprocessor holds at once, by registers and shared
-    memory; the planner fills that many slots.
+    memory; the planner fills that many slots. With `consumers` the tile is one of the
+    warp-specialised kernel: that many warpgroups take 64 columns each, and `num_stages` is the length
+    of its ring.
     """
 
     chunk: int
@@ -20,6 +22,7 @@ class Tile:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    consumers: int = 0
 
 
 def padded(dim: int) -> int:
@@ -71,12 +74,37 @@ AMPERE = FLOAT32 | {
 }
 
 
+def _warp_tile(consumers: int, num_stages: int) -> Tile:
+    return Tile(
+        chunk=64,
+        width=64 * consumers,
+        num_warps=4,
+        num_stages=num_stages,
+        programs_per_sm=1,
+        consumers=consumers,
+    )
+
+
+# Of the warp-specialised kernel, which the architecture of one GPU generation alone can run.
+WARP_SPECIALIZED = {
+    ("16-bit", 64): _warp_tile(1, 4),
+    ("16-bit", 128): _warp_tile(1, 4),
+    ("16-bit backward", 64): _warp_tile(1, 4),
+    ("16-bit backward", 128): _warp_tile(2, 3),
+}
+
 for _dim in (32, 64, 128, 256):
     AMPERE["16-bit backward", _dim] = AMPERE["16-bit", _dim]
 
 
+def warp_tile(key_dim: int, value_dim: int, kind: str, capability: int) -> Tile | None:
+    """Tile of the warp-specialised kernel, None where it doesn't take such a call."""
+    dims = padded(key_dim), padded(value_dim)
+    return WARP_SPECIALIZED.get((kind, max(dims))) if capability == 9 and min(dims) >= 64 else None
+
+
 def scan_tile(dim: int, kind: str, capability: int) -> Tile:
-    """Tile of scans over `dim` columns: a kind of arithmetic, a device's major capability."""
+    """Tile of plain scans over `dim` columns: a kind of arithmetic, a device's major capability."""
     table = HOPPER if capability >= 9 else AMPERE
     return table[kind, padded(dim)]
 

@@ -9,11 +9,14 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels_triton.launcher import Launcher, kind_of
 from kernels_triton.lightning.scan import INTERPRETED, prefix_kernel, scan_kernel
-from kernels_triton.tiles import Tile, padded, scan_tile
+from kernels_triton.lightning.warp_scan import warp_scan_kernel
+from kernels_triton.tiles import Tile, padded, scan_tile, warp_tile
 
 
 class Schedule(NamedTuple):
@@ -52,7 +55,8 @@ class States(NamedTuple):
 
 
 NO_STATES = States()
-_launch_scan, _launch_prefix = Launcher(scan_kernel), Launcher(prefix_kernel)
+_launch_scan, _launch_warp_scan = Launcher(scan_kernel), Launcher(warp_scan_kernel)
+_launch_prefix = Launcher(prefix_kernel)
 
 
 class _Descriptor(TensorDescriptor):
@@ -60,6 +64,24 @@ class _Descriptor(TensorDescriptor):
 
     def __post_init__(self) -> None:
         pass
+
+
+class _SwizzledDescriptor(hopper.TensorDescriptor):
+    """The same for the warp-specialised kernel, which says how a tile lies in shared memory."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@cache
+def _swizzled(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for(list(block), element)
+
+
+def _swizzled_operand(x: Tensor, chunk: int, cols: int) -> object:
+    block = (1, 1, chunk, cols)
+    return _SwizzledDescriptor(x, x.shape, x.stride(), list(block), _swizzled(block, x.dtype))
 
 
 def _operand(x: Tensor, tile: Tile, cols: int, tma: bool) -> object:
@@ -98,6 +120,14 @@ def tile_of(
     backward: bool = False,
 ) -> Tile:
     """Tile of the scans of a call, the same for all of them so that they share a schedule."""
+    kind = _kind(dtype, precision, backward)
+    capability = _capability(device)
+    specialized = None if INTERPRETED.value else warp_tile(key_dim, value_dim, kind, capability)
+    return specialized or scan_tile(max(key_dim, value_dim), kind, capability)
+
+
+def _kind(dtype: torch.dtype, precision: str, backward: bool) -> str:
+    """Kind of arithmetic, as the tables of tiles call it."""
     kind = "float32" if dtype == torch.float32 else "16-bit"
     if precision == "high" and kind == "16-bit":
         kind = "high"
@@ -105,7 +135,7 @@ def tile_of(
         kind = "16-bit"  # float32's small tiles serve registers, and make the interpreter slow
     if backward and kind == "16-bit":
         kind = "16-bit backward"
-    return scan_tile(max(key_dim, value_dim), kind, _capability(device))
+    return kind
 
 
 def launch_scans(
@@ -132,31 +162,48 @@ def launch_scans(
     states are computed, and a and out are not touched.
     """
     _, b, c, out = scans[0]
-    block_b, num_scans = padded(b.shape[3]), len(scans)
+    num_scans = len(scans)
     tma = _capability(b.device) >= 9 and all(_fits_tma(x) for scan in scans for x in scan)
+    if tile.consumers and not tma:
+        backward = "16-bit backward" if num_back else "16-bit"
+        tile = scan_tile(max(b.shape[3], c.shape[3]), backward, _capability(b.device))
+    width = min(tile.width, 64 * -(-c.shape[3] // 64)) if tile.consumers else tile.width
+    block_b = max(64, padded(b.shape[3])) if tile.consumers else padded(b.shape[3])
     operands: list[object] = []
     for scan in scans:
-        operands += [_operand(x, tile, block_b, tma) for x in (scan.a, scan.b)]
-        operands += [_operand(x, tile, tile.width, tma) for x in (scan.c, scan.out)]
+        if tile.consumers:
+            operands += [_swizzled_operand(x, tile.chunk, block_b) for x in (scan.a, scan.b)]
+            operands += [_swizzled_operand(x, tile.chunk, 64) for x in (scan.c, scan.out)]
+        else:
+            operands += [_operand(x, tile, block_b, tma) for x in (scan.a, scan.b)]
+            operands += [_operand(x, tile, width, tma) for x in (scan.c, scan.out)]
         operands.append(scan.out)
     operands += [None] * (15 - len(operands))
-    num_programs = units.shape[0] * heads_per_row * num_scans * -(-c.shape[3] // tile.width)
+    num_programs = units.shape[0] * heads_per_row * num_scans * -(-c.shape[3] // width)
     arguments = (
         *operands, units, log_decay, *forward_states, *back_states, final,
         scale, heads_per_row, out.shape[1], out.shape[2],
     )  # fmt: skip
     constants = {
         "NUM_SCANS": num_scans, "FIRST_BACK": num_scans - num_back, "NUM_KEY_SCANS": num_key,
-        "FIRST_KEPT": first_kept,
-        "DB": b.shape[3], "DC": c.shape[3], "BB": block_b, "BC": tile.width, "C": tile.chunk,
-        "NUM_STAGES": tile.num_stages, "OUTPUT": output, "TMA": tma,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "SPLIT": precision == "high" and b.dtype.itemsize == 2,
+        "FIRST_KEPT": first_kept, "DB": b.shape[3], "DC": c.shape[3], "BB": block_b,
     }  # fmt: skip
-    # Without TMA the operands' strides are arguments, on whose values Triton specialises.
     states = *forward_states, *back_states, final
+    # Without TMA the operands' strides are arguments, on whose values Triton specialises.
     kind = kind_of(b.device, out, units, log_decay, *states) if tma else None
-    _launch_scan((num_programs, 1, 1), arguments, constants, kind, num_warps=tile.num_warps)
+    if tile.consumers:
+        launch = _launch_warp_scan
+        constants |= {
+            "HALVES": width // 64, "C": tile.chunk, "STAGES": tile.num_stages, "OUTPUT": output,
+        }  # fmt: skip
+    else:
+        launch = _launch_scan
+        constants |= {
+            "BC": width, "C": tile.chunk, "NUM_STAGES": tile.num_stages, "OUTPUT": output,
+            "TMA": tma, "PRECISION": "tf32" if precision == "tf32" else "ieee",
+            "SPLIT": precision == "high" and b.dtype.itemsize == 2,
+        }  # fmt: skip
+    launch((num_programs, 1, 1), arguments, constants, kind, num_warps=tile.num_warps)
 
 
 def entering_states(
