@@ -25,6 +25,8 @@ OPS = {
 }
 # Float32 copies of the scores that the materialised form holds at once: forward, with gradients.
 SCORES_HELD = {"fwd": 3, "bwd": 6, "fwd+bwd": 6}
+# Backends whose kernels take [B, T, H, D] in memory and would copy anything else before they start.
+TOKENS_BEFORE_HEADS = ("fla", "fla-fused")
 STATE_TOKENS = 4096  # context that a decode state is made from: older tokens have decayed
 
 
@@ -132,7 +134,11 @@ def prepare(point: Point, source: Source, device: str) -> Call:
 def _tensor(name: str, heads: int, point: Point, source: Source, device: str) -> Tensor:
     dim = point.value_dim if name in ("value", "grad_output") else point.head_dim
     shape = (point.batch, heads, point.q_len, dim)
-    return source.tensors((name,), shape, getattr(torch, point.dtype), device)[0]
+    x = source.tensors((name,), shape, getattr(torch, point.dtype), device)[0]
+    if point.backend not in TOKENS_BEFORE_HEADS:
+        return x
+    laid_out = x.new_empty(point.batch, point.q_len, heads, dim).transpose(1, 2)
+    return laid_out.copy_(x)
 
 
 def _bytes(*tensors: Tensor) -> int:

@@ -193,7 +193,9 @@ def run_checks(folder: Path, budget_s: float) -> None:
     for check in ("memcheck", "racecheck"):
         if Path(tool).exists():
             sanitize = [tool, "--tool", check, *small]
-            found[check] = _outcome(sanitize, budget_s, r"[A-Z]+ SUMMARY.*")
+            found[check] = _outcome(
+                sanitize, budget_s, r"[A-Z]+ SUMMARY.*|access at \w+ in \S+:\d+"
+            )
     rows.write_json(folder / "checks.json", found)
     print(json.dumps(found, indent=1), flush=True)
 
@@ -211,7 +213,8 @@ def _run_matrix(budget_s: float) -> Row:
     count = min(12, os.cpu_count() or 1, len(tests))
     with ThreadPoolExecutor(count) as pool:
         commands = [[*pytest, *tests[n::count]] for n in range(count)]
-        parts = list(pool.map(lambda c: _outcome(c, budget_s, r"\d+ \w+(?=[ ,].*in )"), commands))
+        counts = r"\d+ \w+(?=[ ,].* in [\d.]+s)"
+        parts = list(pool.map(lambda c: _outcome(c, budget_s, counts), commands))
     totals: Counter[str] = Counter()
     for number, word in (x.split() for part in parts for x in part["summary"]):
         totals[word] += int(number)
@@ -227,10 +230,9 @@ def _outcome(command: list[str], budget_s: float, pattern: str) -> Row:
         code, text = run.returncode, run.stdout + run.stderr
     except subprocess.TimeoutExpired as error:
         code, text = None, (error.stdout or b"").decode()
-    last_lines = "\n".join(text.splitlines()[-3:])
     return {
         "code": code,
-        "summary": re.findall(pattern, last_lines),
+        "summary": list(dict.fromkeys(re.findall(pattern, text))),
         "seconds": round(time.perf_counter() - start, 1),
         "tail": text[-1500:] if code != 0 else None,
     }

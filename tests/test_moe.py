@@ -245,6 +245,8 @@ def test_grouped_products_on_a_gpu_are_as_exact_as_plain_ones(dtype, num_rows):
     flowing = torch.randn_like(actual)
     grads = torch.autograd.grad((actual * flowing).sum(), (x, weight))
     wanted = torch.autograd.grad((expected * flowing.double()).sum(), (x, weight))
-    # Operands are exact; what is rounded is the result, and sums in float32.
+    # Operands are exact; what is rounded is the result, and sums in float32, whose errors grow as
+    # the root of their length (weights sum over rows).
+    sums = torch.finfo(torch.float32).eps * num_rows**0.5 / 16
     for a, b in zip((actual, *grads), (expected, *wanted), strict=True):
-        assert deviation(a.double(), b.double()) < 2 * torch.finfo(dtype).eps
+        assert deviation(a.double(), b.double()) < 2 * torch.finfo(dtype).eps + sums

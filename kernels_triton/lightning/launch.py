@@ -165,45 +165,47 @@ def launch_scans(
     num_scans = len(scans)
     tma = _capability(b.device) >= 9 and all(_fits_tma(x) for scan in scans for x in scan)
     if tile.consumers and not tma:
-        backward = "16-bit backward" if num_back else "16-bit"
-        tile = scan_tile(max(b.shape[3], c.shape[3]), backward, _capability(b.device))
-    width = min(tile.width, 64 * -(-c.shape[3] // 64)) if tile.consumers else tile.width
-    block_b = max(64, padded(b.shape[3])) if tile.consumers else padded(b.shape[3])
-    operands: list[object] = []
-    for scan in scans:
-        if tile.consumers:
-            operands += [_swizzled_operand(x, tile.chunk, block_b) for x in (scan.a, scan.b)]
-            operands += [_swizzled_operand(x, tile.chunk, 64) for x in (scan.c, scan.out)]
-        else:
-            operands += [_operand(x, tile, block_b, tma) for x in (scan.a, scan.b)]
-            operands += [_operand(x, tile, width, tma) for x in (scan.c, scan.out)]
-        operands.append(scan.out)
+        fallback = "16-bit backward" if num_back else "16-bit"
+        tile = scan_tile(max(b.shape[3], c.shape[3]), fallback, _capability(b.device))
+    block_b, width = _block(b, c, tile)
+    operands = [x for scan in scans for x in _operands(scan, tile, block_b, width, tma)]
     operands += [None] * (15 - len(operands))
-    num_programs = units.shape[0] * heads_per_row * num_scans * -(-c.shape[3] // width)
-    arguments = (
-        *operands, units, log_decay, *forward_states, *back_states, final,
-        scale, heads_per_row, out.shape[1], out.shape[2],
-    )  # fmt: skip
+    states = *forward_states, *back_states, final
+    arguments = *operands, units, log_decay, *states, scale, heads_per_row, *out.shape[1:3]
     constants = {
         "NUM_SCANS": num_scans, "FIRST_BACK": num_scans - num_back, "NUM_KEY_SCANS": num_key,
         "FIRST_KEPT": first_kept, "DB": b.shape[3], "DC": c.shape[3], "BB": block_b,
     }  # fmt: skip
-    states = *forward_states, *back_states, final
+    if tile.consumers:
+        launch, own = _launch_warp_scan, {"HALVES": width // 64}
+        own |= {"C": tile.chunk, "STAGES": tile.num_stages, "OUTPUT": output}
+    else:
+        launch, own = _launch_scan, {"BC": width}
+        own |= {"C": tile.chunk, "NUM_STAGES": tile.num_stages, "OUTPUT": output, "TMA": tma}
+        own["PRECISION"] = "tf32" if precision == "tf32" else "ieee"
+        own["SPLIT"] = precision == "high" and b.dtype.itemsize == 2
     # Without TMA the operands' strides are arguments, on whose values Triton specialises.
     kind = kind_of(b.device, out, units, log_decay, *states) if tma else None
+    num_programs = units.shape[0] * heads_per_row * num_scans * -(-c.shape[3] // width)
+    launch((num_programs, 1, 1), arguments, constants | own, kind, num_warps=tile.num_warps)
+
+
+def _block(b: Tensor, c: Tensor, tile: Tile) -> tuple[int, int]:
+    """Columns of b, padded, and of c that a program takes."""
+    if not tile.consumers:
+        return padded(b.shape[3]), tile.width
+    return max(64, padded(b.shape[3])), min(tile.width, 64 * -(-c.shape[3] // 64))
+
+
+def _operands(scan: Scan, tile: Tile, block_b: int, width: int, tma: bool) -> list[object]:
+    """A scan's tensors as a kernel takes them: a consumer's tiles of c and out are 64 wide."""
+    cols = (block_b, block_b, width, width)
     if tile.consumers:
-        launch = _launch_warp_scan
-        constants |= {
-            "HALVES": width // 64, "C": tile.chunk, "STAGES": tile.num_stages, "OUTPUT": output,
-        }  # fmt: skip
+        cols = (block_b, block_b, 64, 64)
+        taken = [_swizzled_operand(x, tile.chunk, n) for x, n in zip(scan, cols, strict=True)]
     else:
-        launch = _launch_scan
-        constants |= {
-            "BC": width, "C": tile.chunk, "NUM_STAGES": tile.num_stages, "OUTPUT": output,
-            "TMA": tma, "PRECISION": "tf32" if precision == "tf32" else "ieee",
-            "SPLIT": precision == "high" and b.dtype.itemsize == 2,
-        }  # fmt: skip
-    launch((num_programs, 1, 1), arguments, constants, kind, num_warps=tile.num_warps)
+        taken = [_operand(x, tile, n, tma) for x, n in zip(scan, cols, strict=True)]
+    return [*taken, scan.out]
 
 
 def entering_states(
