@@ -62,6 +62,7 @@ class Line:
     goal: float | None
     layer: str = "0/80"
     versus_cudnn: bool = False
+    precision: str = "default"
 
     @property
     def name(self) -> str:
@@ -70,6 +71,7 @@ class Line:
         shift = next(n for n in units if self.tokens >> n << n == self.tokens >= 1 << n)
         late = "" if self.layer == "0/80" else f".layer{self.layer.split('/')[0]}"
         size = f"{self.tokens >> shift}{units[shift]}"
+        late += "" if self.precision == "default" else f".{self.precision}"
         return f"{self.batch}x{self.heads}x{size}.d{self.dim}{late}.{self.pass_}"
 
 
@@ -99,6 +101,9 @@ LINES = [
     Line(1, 16, 4 * M, 128, "fwd", 0.52, None, "78/80"),
     Line(1, 1, 4 * M, 128, "fwd", 0.55, None, "78/80"),
     Line(1, 1, 4 * M, 128, "bwd", 0.29, None, "78/80"),
+    # Near-float32 products: offered, with no speed to reach.
+    Line(1, 64, 64 * K, 128, "fwd", 0.0, None, precision="high"),
+    Line(1, 64, 64 * K, 128, "bwd", 0.0, None, precision="high"),
 ]
 QUICK = {"8x16x8K.d128.fwd", "8x16x8K.d128.bwd", "1x64x4K.d128.fwd"}
 
@@ -165,6 +170,8 @@ def points_of(line: Line, device: str) -> Iterator[Point]:
                 continue
             if line.pass_ == "decode" and backend not in ("triton", "fla"):
                 continue
+            if line.precision != "default" and backend != "triton":
+                continue
             yield Point(
                 suite="ops",
                 op=op,
@@ -179,7 +186,7 @@ def points_of(line: Line, device: str) -> Iterator[Point]:
                 dtype="bfloat16",
                 device=device,
                 layer=line.layer,
-                precision="default",
+                precision=line.precision,
                 input="random",
             )
 
@@ -188,14 +195,14 @@ def run_checks(folder: Path, budget_s: float) -> None:
     """Correctness matrix and sanitizer on this GPU; their outcome goes to `checks.json`."""
     found = {"device": torch.cuda.get_device_name(), "ts_utc": rows.now_utc()}
     found["matrix"] = _run_matrix(budget_s)
+    # The lines say where hazards are: a warp-specialised kernel's `def` and its `warp_specialize`
+    # are the two ends of the hand-off of work to its warps, which Triton generates.
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     small = [sys.executable, str(ROOT / "bench/h200.py"), "--small-calls"]
     for check in ("memcheck", "racecheck"):
         if Path(tool).exists():
             sanitize = [tool, "--tool", check, *small]
-            found[check] = _outcome(
-                sanitize, budget_s, r"[A-Z]+ SUMMARY.*|access at \w+ in \S+:\d+"
-            )
+            found[check] = _outcome(sanitize, budget_s, r"[A-Z]+ SUMMARY.*|(?<= in )\w+\.py:\d+")
     rows.write_json(folder / "checks.json", found)
     print(json.dumps(found, indent=1), flush=True)
 
@@ -213,7 +220,7 @@ def _run_matrix(budget_s: float) -> Row:
     count = min(12, os.cpu_count() or 1, len(tests))
     with ThreadPoolExecutor(count) as pool:
         commands = [[*pytest, *tests[n::count]] for n in range(count)]
-        counts = r"\d+ \w+(?=[ ,].* in [\d.]+s)"
+        counts = r"\d+ \w+(?=(?:,.*)? in [\d.]+s)"
         parts = list(pool.map(lambda c: _outcome(c, budget_s, counts), commands))
     totals: Counter[str] = Counter()
     for number, word in (x.split() for part in parts for x in part["summary"]):
@@ -305,7 +312,7 @@ def _rows(path: Path) -> list[Row]:
 
 def _name(point: Point) -> str:
     shape = point.batch, point.heads, point.q_len, point.head_dim, point.pass_
-    return Line(*shape, 0.0, None, point.layer).name
+    return Line(*shape, 0.0, None, point.layer, precision=point.precision).name
 
 
 def _selected(point: Point, only: list[str]) -> bool:
@@ -346,9 +353,27 @@ def print_table(path: Path, lines: list[Line]) -> None:
         print(f"{line.name:26}{cells}  {'holds' if holds else 'MISSED':8} {beside}")
 
 
+def readme_table(path: Path) -> str:
+    """Times and shares of the floor of the layer-0 lines, beside the peers, as Markdown."""
+    measured = {(_name_of_row(r), r["backend"]): r for r in _rows(path) if r["status"] == "ok"}
+    header = ["B, H, T, D", "pass", "triton", "of the floor", *order_of_backends()[1:]]
+    cells = [header, ["---"] * len(header)]
+    for line in LINES:
+        ours = measured.get((line.name, "triton"))
+        if ours is None or line.layer != "0/80" or line.precision != "default":
+            continue
+        peers = [measured.get((line.name, b)) for b in order_of_backends()[1:]]
+        tokens = line.name.split(".")[0].split("x")[2]
+        shape = f"{line.batch}, {line.heads}, {tokens}, {line.dim}"
+        share = f"{ours['share_of_limit']:.0%}"
+        times = [f"{r['ms_median']:.3g} ms" if r else "-" for r in (ours, *peers)]
+        cells.append([shape, line.pass_, times[0], share, *times[1:]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
 def _name_of_row(row: Row) -> str:
     shape = row["batch"], row["heads"], row["q_len"], row["head_dim"], row["pass"]
-    return Line(*shape, 0.0, None, row["layer"]).name
+    return Line(*shape, 0.0, None, row["layer"], precision=row["precision"]).name
 
 
 def main() -> None:

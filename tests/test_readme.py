@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import h200
 from bench.findings import readme_table
 from bench.lines import latest
 from bench.rows import load_rows
@@ -24,6 +25,7 @@ def test_the_example_runs():
 def test_the_result_table_is_that_of_the_committed_rows():
     rows = latest(load_rows(ROOT / "results" / "sample" / "rows.jsonl"))
     assert readme_table(rows) in TEXT
+    assert h200.readme_table(ROOT / "results" / "h200" / "rows.jsonl") in TEXT
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!https?:)[^)]+)\)", TEXT))
