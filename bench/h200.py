@@ -11,37 +11,24 @@ floor beside the goals. So a run that is cut off is continued by the same comman
 import argparse
 import dataclasses
 import itertools
-import json
 import math
-import os
-import re
-import shutil
-import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from attnlab import registry  # noqa: E402
-from attnlab.problem import Problem  # noqa: E402
 from bench import plan, rows, timing  # noqa: E402
+from bench.gpu_checks import run_checks  # noqa: E402
 from bench.inputs import Source  # noqa: E402
+from bench.peers import PEERS  # noqa: E402
 from bench.rows import Point, Row  # noqa: E402
 from bench.worker import Task, Worker, describe_machine  # noqa: E402
 
-PEERS = {
-    "lightning": ("triton", "fla", "fla-fused"),
-    "softmax": ("flash", "cudnn"),
-}
 SOFTMAX_UP_TO = 64 << 10  # tokens: beyond, a call takes seconds to minutes
 STAGES = ("checks", "rows", "table")
 
@@ -58,7 +45,7 @@ class Line:
     tokens: int
     dim: int
     pass_: str
-    must: float
+    must: float | None
     goal: float | None
     layer: str = "0/80"
     versus_cudnn: bool = False
@@ -102,64 +89,10 @@ LINES = [
     Line(1, 1, 4 * M, 128, "fwd", 0.55, None, "78/80"),
     Line(1, 1, 4 * M, 128, "bwd", 0.29, None, "78/80"),
     # Near-float32 products: offered, with no speed to reach.
-    Line(1, 64, 64 * K, 128, "fwd", 0.0, None, precision="high"),
-    Line(1, 64, 64 * K, 128, "bwd", 0.0, None, precision="high"),
+    Line(1, 64, 64 * K, 128, "fwd", None, None, precision="high"),
+    Line(1, 64, 64 * K, 128, "bwd", None, None, precision="high"),
 ]
 QUICK = {"8x16x8K.d128.fwd", "8x16x8K.d128.bwd", "1x64x4K.d128.fwd"}
-
-
-def fla_fused(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **flags: Any) -> Any:
-    """fla's one-kernel form of `chunk_simple_gla`."""
-    from fla.ops.simple_gla import fused_chunk_simple_gla
-
-    output, state = fused_chunk_simple_gla(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        g_gamma=log_decay,
-        scale=flags["scale"],
-        initial_state=flags["initial_state"],
-        output_final_state=flags["return_final_state"],
-    )
-    return output.transpose(1, 2), state
-
-
-def fla_recurrent_(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor, **flags: Any
-) -> Tensor:
-    """fla's decoding step; it returns a new state, whose memory `state` takes over without a copy."""
-    from fla.ops.simple_gla import fused_recurrent_simple_gla
-
-    output, after = fused_recurrent_simple_gla(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        g_gamma=log_decay,
-        scale=flags["scale"],
-        initial_state=state,
-        output_final_state=True,
-    )
-    state.set_(after)
-    return output.transpose(1, 2)
-
-
-def fla_needs(problem: Problem) -> str | None:
-    """What the registry's own record of fla needs."""
-    return registry.why_not("lightning_attention", "fla", problem)
-
-
-# A worker imports this file too, so these peers exist in every process of a run.
-for _op, _backend, _function in (
-    ("lightning_attention", "fla-fused", fla_fused),
-    ("lightning_decode_", "fla", fla_recurrent_),
-):
-    if _backend not in registry.list_backends(_op):
-        registry.register(
-            registry.Impl(
-                op=_op,
-                backend=_backend,
-                load=lambda function=_function: function,
-                why_not=fla_needs,
-                measurement_only=True,
-            )
-        )
-plan.SOURCES.setdefault("fla-fused", ["bench/h200.py"])
 
 
 def points_of(line: Line, device: str) -> Iterator[Point]:
@@ -189,82 +122,6 @@ def points_of(line: Line, device: str) -> Iterator[Point]:
                 precision=line.precision,
                 input="random",
             )
-
-
-def run_checks(folder: Path, budget_s: float) -> None:
-    """Correctness matrix and sanitizer on this GPU; their outcome goes to `checks.json`."""
-    found = {"device": torch.cuda.get_device_name(), "ts_utc": rows.now_utc()}
-    found["matrix"] = _run_matrix(budget_s)
-    # The lines say where hazards are: a warp-specialised kernel's `def` and its `warp_specialize`
-    # are the two ends of the hand-off of work to its warps, which Triton generates.
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    small = [sys.executable, str(ROOT / "bench/h200.py"), "--small-calls"]
-    for check in ("memcheck", "racecheck"):
-        if Path(tool).exists():
-            sanitize = [tool, "--tool", check, *small]
-            found[check] = _outcome(sanitize, budget_s, r"[A-Z]+ SUMMARY.*|(?<= in )\w+\.py:\d+")
-    rows.write_json(folder / "checks.json", found)
-    print(json.dumps(found, indent=1), flush=True)
-
-
-def _run_matrix(budget_s: float) -> Row:
-    """Tests of the backend, dealt out to processes since most of their time is compilation."""
-    # Without the project's own options, which want plugins that a GPU machine may lack.
-    pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    files = "tests/test_backends.py", "tests/test_triton.py"
-    listing = [*pytest, "--collect-only", "-k", "triton", *files]
-    listed = subprocess.run(listing, capture_output=True, text=True, cwd=ROOT, check=False)
-    tests = [line for line in listed.stdout.splitlines() if "::" in line]
-    if not tests:
-        return {"code": listed.returncode, "tail": (listed.stdout + listed.stderr)[-1500:]}
-    count = min(12, os.cpu_count() or 1, len(tests))
-    with ThreadPoolExecutor(count) as pool:
-        commands = [[*pytest, *tests[n::count]] for n in range(count)]
-        counts = r"\d+ \w+(?=(?:,.*)? in [\d.]+s)"
-        parts = list(pool.map(lambda c: _outcome(c, budget_s, counts), commands))
-    totals: Counter[str] = Counter()
-    for number, word in (x.split() for part in parts for x in part["summary"]):
-        totals[word] += int(number)
-    failures = [part["tail"] for part in parts if part["code"] != 0]
-    seconds = max(part["seconds"] for part in parts)
-    return {"tests": len(tests), "totals": totals, "seconds": seconds, "failures": failures}
-
-
-def _outcome(command: list[str], budget_s: float, pattern: str) -> Row:
-    start = time.perf_counter()
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=budget_s, cwd=ROOT)
-        code, text = run.returncode, run.stdout + run.stderr
-    except subprocess.TimeoutExpired as error:
-        code, text = None, (error.stdout or b"").decode()
-    return {
-        "code": code,
-        "summary": list(dict.fromkeys(re.findall(pattern, text))),
-        "seconds": round(time.perf_counter() - start, 1),
-        "tail": text[-1500:] if code != 0 else None,
-    }
-
-
-def small_calls() -> None:
-    """Forward, backward, packed and decoding calls of odd sizes, for the sanitizer to look at."""
-    import attnlab
-    from attnlab.triton_schedules import forced_plan
-
-    g = torch.tensor([-0.3, -0.05], device="cuda")
-    for dim, mode in itertools.product((64, 128), ("single", "halo", "two-pass")):
-        q, k, v = (
-            torch.randn(1, 2, 333, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            for _ in range(3)
-        )
-        with forced_plan(mode, 3):
-            attnlab.lightning_attention(q, k, v, g, backend="triton").output.sum().backward()
-    bounds = torch.tensor([0, 100, 100, 333], device="cuda")
-    attnlab.lightning_attention_varlen(q, k, v, g, bounds, backend="triton")
-    step = [x.detach()[:, :, :1] for x in (q, k, v)]
-    state = torch.zeros(3, 2, dim, dim, device="cuda")
-    slots = torch.tensor([2], device="cuda")
-    attnlab.lightning_decode_(*step, g, state, slots=slots, backend="triton")
-    torch.cuda.synchronize()
 
 
 def measure(folder: Path, lines: list[Line], arguments: argparse.Namespace) -> None:
@@ -344,12 +201,12 @@ def print_table(path: Path, lines: list[Line]) -> None:
             print(f"{line.name:26}{state:>25}{'':>14}           {beside}")
             continue
         share = ours["share_of_limit"]
-        holds = share >= line.must
+        holds = share >= (line.must or 0.0)
         if line.versus_cudnn:
             share = ours["ms_median"] / peers.get("cudnn", math.nan)
             holds = share <= line.must
-        goal = "-" if line.goal is None else f"{line.goal:.0%}"
-        cells = f"{ours['ms_median']:>10.4f}{share:>8.0%}{line.must:>7.0%}{goal:>7}"
+        wanted = ["-" if x is None else f"{x:.0%}" for x in (line.must, line.goal)]
+        cells = f"{ours['ms_median']:>10.4f}{share:>8.0%}{wanted[0]:>7}{wanted[1]:>7}"
         print(f"{line.name:26}{cells}  {'holds' if holds else 'MISSED':8} {beside}")
 
 
@@ -385,11 +242,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for the rows")
     parser.add_argument("--point-budget", type=float, default=3.0, help="seconds a point")
     parser.add_argument("--quick", action="store_true", help="three shapes alone")
-    parser.add_argument("--small-calls", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.small_calls:
-        small_calls()
-        return
     arguments.only = [w for w in arguments.only.split(",") if w]
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = [line for line in LINES if not arguments.quick or line.name in QUICK]
