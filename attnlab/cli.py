@@ -1,4 +1,4 @@
-"""Command line: what runs on this machine (`backends`), and training (`train`)."""
+"""Command line: what runs on this machine (`backends`), training (`train`), text (`generate`)."""
 
 import argparse
 import sys
@@ -6,9 +6,18 @@ import sys
 import torch
 
 from attnlab import registry
+from attnlab.checks import expect
+from attnlab.inference.generate import stream
+from attnlab.inference.sampling import check_sampling
+from attnlab.inference.text import TextStream
+from attnlab.model.checkpoint import read_config
+from attnlab.model.hybrid import HybridLM
 from attnlab.problem import Problem
+from attnlab.registry import BackendUnavailable
+from attnlab.training.config import check_vocabulary
 from attnlab.training.guard import NonFiniteError
 from attnlab.training.options import add_options, config_from
+from attnlab.training.tokenizer import Tokenizer, load_tokenizer
 from attnlab.training.train import resume, train
 
 
@@ -64,6 +73,70 @@ def run_train(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_generate_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options of `run_generate`."""
+    parser.add_argument("path", help="folder with config.json, safetensors and a tokenizer")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    options = {
+        "max-new-tokens": (int, 200, "tokens at most; the end of the text may come earlier"),
+        "temperature": (float, 0.8, "0 takes the likeliest token"),
+        "top-k": (int, None, "draw among so many tokens"),
+        "top-p": (float, None, "draw among the likeliest tokens of so much probability"),
+        "seed": (int, None, "of the draws; without it they differ from run to run"),
+        "backend": (str, None, "of the attention layers that have it; see attnlab backends"),
+        "device": (str, None, "cpu, cuda or cuda:N; without it, a GPU if there is one"),
+        "chunk-size": (int, None, "tokens of the prompt in one pass; without it, all"),
+    }
+    for name, (kind, default, text) in options.items():
+        text += "" if default is None else " (%(default)s)"
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Print the prompt and, as it comes, how a model goes on; 130 if that is interrupted."""
+    check_sampling(args.temperature, args.top_k, args.top_p)
+    expect(args.prompt != "", "a prompt", "an empty one")
+    model, tokenizer = _load(args)
+    prompt = tokenizer.encode(args.prompt)
+    tokens = stream(
+        model,
+        [prompt],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=torch.seed() if args.seed is None else args.seed,
+        eos_token_id=tokenizer.eos_token_id if model.config.eos_token_id is None else None,
+        chunk_size=args.chunk_size,
+    )
+    text = TextStream(tokenizer.decode, prompt)
+    print(args.prompt, end="", flush=True)
+    try:
+        for token in tokens:
+            print(text.push(int(token)), end="", flush=True)
+    except KeyboardInterrupt:
+        print()
+        return 130
+    print(text.close())
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[HybridLM, Tokenizer]:
+    """The model of `args.path` on its device with its backend, and its tokenizer."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    there = device == "cpu" or (device.startswith("cuda") and torch.cuda.is_available())
+    expect(there, "a device that this machine has", device)
+    registry.check_backend_name(args.backend)
+    config, tokenizer = read_config(args.path), load_tokenizer(args.path)
+    check_vocabulary(tokenizer, config.vocab_size)
+    model = HybridLM.from_pretrained(args.path, device=device)
+    lightning, softmax = (
+        args.backend if args.backend in registry.list_backends(op) else None
+        for op in ("lightning_attention", "softmax_attention")
+    )
+    return model.use_backend(lightning=lightning, softmax=softmax), tokenizer
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 if it succeeds, 2 for wrong arguments, 1 if it fails."""
     parser = argparse.ArgumentParser(prog="attnlab", description="Linear versus softmax attention.")
@@ -75,10 +148,13 @@ def main(argv: list[str] | None = None) -> int:
     training = commands.add_parser("train", help="train a lab model on text")
     add_options(training)
     training.set_defaults(run=run_train)
+    generating = commands.add_parser("generate", help="let a trained model continue a text")
+    add_generate_options(generating)
+    generating.set_defaults(run=run_generate)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, NonFiniteError, OSError) as error:
+    except (ValueError, NonFiniteError, OSError, BackendUnavailable) as error:
         print(f"attnlab {args.command}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 

@@ -32,6 +32,12 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return _linear(x, weight, offsets)
 
 
+def waits_for_device(num_rows: int, weight: Tensor) -> bool:
+    """Whether `grouped_linear` of `num_rows` rows, without gradients, reads offsets off a GPU."""
+    few = num_rows <= _FEW_ROWS
+    return weight.is_cuda and not few and not _has_kernel(weight[0], weight.mT)
+
+
 def _multiply(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return _product(x, weight.mT, offsets)
 

@@ -1,0 +1,1 @@
+"""Generation with the hybrid model: prefill, decoding steps, sampling, streams of text."""
