@@ -150,3 +150,34 @@ def test_a_backend_that_is_wrong_fails_the_gate(op, backend, pass_, monkeypatch)
     monkeypatch.setattr(functional, name, wrong)
     point: Point = replace(POINT, op=op, backend=backend, pass_=pass_, q_len=700)
     assert calls.prepare(point, Source("random"), "cpu").check().worst.ratio > 1
+
+
+ROOM_FOR_4M = 90 << 30  # bytes: 16 heads of 4M tokens are four tensors of 16 GiB, beside windows
+
+
+@pytest.mark.parametrize(
+    "backend, device, q_len",
+    [("torch", "cpu", 4 << 10), pytest.param("triton", "cuda", 4 << 20, marks=pytest.mark.gpu)],
+)
+def test_heads_that_wrap_around_and_a_stale_last_block_fail(backend, device, q_len):
+    # At 16 x 4M x 128 an offset of 32 bits wraps every 4 heads.
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        if torch.cuda.get_device_properties().total_memory < ROOM_FOR_4M:
+            pytest.skip("needs 90 GiB of GPU memory")
+    shape = {"heads": 16, "kv_heads": 16, "q_len": q_len, "head_dim": 128, "value_dim": 128}
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    point = replace(POINT, op="lightning", backend=backend, pass_="fwd", dtype=dtype, **shape)
+    call = calls.prepare(point, Source("random"), device)
+    results = call.compute()
+    assert call.judge(results).worst.ratio <= 1
+    output = results["output"]
+    last = output[:, :, -64:].clone()
+    output[:, :, -64:] = output[:, :, -128:-64]
+    assert call.judge(results).worst.ratio > 1
+    output[:, :, -64:] = last
+    assert call.judge(results).worst.ratio <= 1
+    for head in range(4, 16):
+        output[:, head] = output[:, head % 4]
+    assert call.judge(results).worst.ratio > 1
