@@ -1,7 +1,9 @@
 """Generation: what is drawn, when it ends and how it is printed, against full passes without a cache."""
 
+import io
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -260,6 +262,7 @@ def test_a_stream_hands_out_what_generate_returns_and_ended_rows_repeat_their_en
         (lambda m: stream(m, [[1]], max_new_tokens=1, top_p=0.0), "top_p above 0 .* got 0.0"),
         (lambda m: stream(m, [[1]], max_new_tokens=1, top_p=1.1), "at most 1, got 1.1"),
         (lambda m: stream(m, [[1]], max_new_tokens=1, chunk_size=0), "chunk_size of at least 1"),
+        (lambda m: stream(m, [[1]], max_new_tokens=1, seed=2**64), "a seed of 64 bits"),
         (lambda m: stream(m.train(), [[1]], max_new_tokens=1), "eval mode"),
         (lambda m: sample(torch.zeros(3)), r"logits \[B, V\], got \[3\]"),
         (lambda m: sample(torch.zeros(2, 3), top_k=-1), "top_k of at least 1, got -1"),
@@ -461,19 +464,30 @@ def test_the_command_prints_the_prompt_and_how_the_model_goes_on(folder, capsys)
     assert len(outs) == 2
 
 
-def test_the_command_prints_tokens_as_they_come_and_can_be_interrupted(folder, capsys, monkeypatch):
+class Terminal(io.StringIO):
+    """Shows what was flushed alone."""
+
+    shown = ""
+
+    def flush(self):
+        self.shown = self.getvalue()
+
+
+def test_the_command_prints_tokens_as_they_come_and_can_be_interrupted(folder, monkeypatch):
     seen = []
 
     def slow_stream(*_, **__):
         for byte in "aé!".encode():
-            seen.append(capsys.readouterr().out)
+            seen.append(sys.stdout.shown)
             yield torch.tensor([byte])
-        seen.append(capsys.readouterr().out)
+        seen.append(sys.stdout.shown)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "stream", slow_stream)
+    monkeypatch.setattr(sys, "stdout", Terminal())
     assert cli.main(["generate", str(folder), "--prompt", ">"]) == 130
-    assert seen == [">", "a", "", "é", "!"]
+    assert seen == [">", ">a", ">a", ">aé", ">aé!"]
+    assert sys.stdout.getvalue() == ">aé!\n"
 
 
 def test_the_command_reads_a_checkpoint_with_a_tokenizer_file_and_ends_at_its_end_of_text(

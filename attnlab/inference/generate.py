@@ -132,6 +132,8 @@ def stream(
     """
     check_sampling(temperature, top_k, top_p)
     expect(max_new_tokens >= 1, "max_new_tokens of at least 1", max_new_tokens)
+    ok = seed is None or -(2**63) <= seed < 2**64
+    expect(ok, "a seed of 64 bits", seed)
     expect(not model.training, "a model in eval mode (model.eval())", "one in training mode")
     rows = _checked_prompts(prompts, model.config.vocab_size)
     _checked_chunk(chunk_size, 1)

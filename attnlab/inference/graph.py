@@ -55,7 +55,7 @@ class GraphedStep:
             return self._step()
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.device_of(self._token), torch.cuda.graph(graph):
                 self._logits = self._step()
             self._graph = graph
         self.cache.count_replay()
