@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attnlab import functional, reference
+from attnlab import functional, reference, registry
 from attnlab.decay import minimax_log_decay
 from attnlab.problem import Problem
 from attnlab.testing import Inputs, accuracy, baseline_scan, softmax_baseline, softmax_oracle
@@ -49,6 +49,12 @@ def problem_of(point: Point, device: str) -> Problem:
         is_causal=True,
         precision=point.precision,
     )
+
+
+def why_not(point: Point, device: str) -> str | None:
+    """Why the point's backend can't run it, or None."""
+    problem = problem_of(point, device)
+    return registry.why_not(problem.op, point.backend, problem)
 
 
 def needed_bytes(point: Point) -> int:

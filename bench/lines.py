@@ -11,12 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.fit import POINT_FIELDS, Crossover, Point, crossover, local_slopes, points_from_rows
 
 Row = dict
-SUITES = ("ops",)  # those that charts and tables know how to show
+SUITES = ("ops", "model")  # those that charts and tables know how to show
 PASSES = {
     "fwd": "forward",
     "bwd": "backward",
     "fwd+bwd": "forward + backward",
     "decode": "decode step",
+    "prefill": "prefill",
+    "train": "training step",
 }
 VARIANTS = ("kv_heads", "layer", "precision", "input")  # named where one op has several
 BACKENDS = ("triton", "cuda", "torch", "sdpa", "flash", "cudnn", "fla", "reference")
@@ -53,12 +55,20 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def by_configuration(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of `SUITES` that share figures: equal in shape, type and device. Largest set first."""
-    fields = ("suite", "model", "batch", "heads", "head_dim", "value_dim", "dtype", "device")
+    """Rows of `SUITES` that share figures: equal in shape, type and device. Largest set first.
+
+    The stacks of one size and transformers' model share them too.
+    """
+    fields = ("suite", "batch", "heads", "head_dim", "value_dim", "dtype", "device")
     groups: dict[tuple, list[Row]] = {}
     for row in (row for row in latest(rows) if row.get("suite") in SUITES):
-        groups.setdefault(tuple(map(row.get, fields)), []).append(row)
+        groups.setdefault((size_of(row), *map(row.get, fields)), []).append(row)
     return sorted(groups.values(), key=len, reverse=True)
+
+
+def size_of(row: Row) -> str:
+    """Size of a row's model, which the stacks that are compared share: "3m"; "" of an op."""
+    return (row.get("model") or "").rpartition("-")[2]
 
 
 def describe(rows: list[Row]) -> str:
@@ -70,7 +80,8 @@ def describe(rows: list[Row]) -> str:
     special = sorted({row.get("precision") or "default" for row in rows} - {"default"})
     kind = row["dtype"] + "".join(f", precision {name}" for name in special)
     heads = f"{row['heads']} head{'s' * (row['heads'] > 1)}"
-    return f"batch {row['batch']}, {heads}, {dims}, {kind}, {row['device']}"
+    models = f"models of {size_of(row)}, " if size_of(row) else ""
+    return f"{models}batch {row['batch']}, {heads}, {dims}, {kind}, {row['device']}"
 
 
 def lines_of(rows: Iterable[Row], pass_name: str) -> list[Line]:

@@ -13,6 +13,7 @@ from attnlab import registry
 from attnlab.decay import minimax_log_decay
 from bench import calls, timing
 from bench.rows import Point, Row
+from bench.suites import suite_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {
@@ -24,7 +25,18 @@ SOURCES = {
     "fla": ["attnlab/fla.py"],
     "triton": ["kernels_triton", "attnlab/planner.py", "attnlab/segments.py"],
     "cuda": ["kernels_cuda", "attnlab/planner.py", "attnlab/segments.py"],
+    "attnlab": [  # a whole model
+        *(
+            "attnlab/model",
+            "attnlab/cache.py",
+            "attnlab/inference",
+            "attnlab/training/objective.py",
+        ),
+        *("attnlab/training/optimizer.py", "attnlab/functional.py", "attnlab/chunked.py"),
+        *("attnlab/sdpa.py", "attnlab/planner.py", "attnlab/segments.py", "kernels_triton"),
+    ],
 }
+PEERS = ("fla", "transformers")
 MARGIN = 1.3  # a prediction may be this much too low
 OVERHEAD_S = 0.7  # of a point besides its calls: inputs, warm-up, samples of a short call
 FIRST_SHARE = 0.05  # share of the limit assumed where nothing has been measured yet
@@ -90,7 +102,7 @@ def fingerprint(backend: str) -> str:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in (f for f in files if f.suffix in (".py", ".cu", ".cuh")):
             digest.update(file.read_bytes())
-    if backend == "fla" and (spec := importlib.util.find_spec("fla")):
+    if backend in PEERS and (spec := importlib.util.find_spec(backend)):
         digest.update(str(spec.origin).encode())
     return digest.hexdigest()[:12]
 
@@ -118,7 +130,7 @@ class Predictor:
         must not make the longer ones look too dear.
         """
         flops, num_bytes = _work(point)
-        needed = calls.needed_bytes(point)
+        needed = suite_of(point).needed_bytes(point)
         series = self.measured.get(self._series(point), [])
         if not series:
             floor_ms, _ = self.floors[point.dtype].floor_ms(flops, num_bytes)
@@ -130,7 +142,7 @@ class Predictor:
             ratio = num_bytes / bytes_before if by_memory else flops / flops_before
             times.append(row["ms_median"] * max(1.0, ratio))
         before, row = series[-1]
-        peak, needed_before = row.get("peak_bytes"), calls.needed_bytes(before)
+        peak, needed_before = row.get("peak_bytes"), suite_of(before).needed_bytes(before)
         if peak and needed_before >= RATIO_FROM_BYTES:
             needed = int(needed * max(1.0, peak / needed_before))
         return statistics.median(times), needed
@@ -189,10 +201,10 @@ class Predictor:
 
     @staticmethod
     def _series(point: Point) -> tuple:
-        return point.op, point.backend, point.pass_
+        return point.op, point.backend, point.pass_, point.model, point.batch
 
 
 def _work(point: Point) -> tuple[int, int]:
-    problem = calls.problem_of(point, "cpu")
+    problem = suite_of(point).problem_of(point, "cpu")
     counted = "fwd" if point.pass_ == "decode" else point.pass_
     return problem.flops(counted), problem.min_bytes(counted)

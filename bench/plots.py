@@ -2,7 +2,8 @@
 
 One rule holds in every figure: a filled marker on an unbroken line was measured, a hollow marker on
 a dashed line is a prediction that the sweep made before it skipped the point. Each figure has one
-panel per pass (forward, forward + backward, decode) that has something to show.
+panel per pass (forward, forward + backward, decode; prefill, training step of whole models) that
+has something to show.
 
 Figures are built with matplotlib's object interface, so that no global backend is chosen and a
 notebook's inline backend keeps working.
@@ -53,9 +54,15 @@ LOOKS = {
     ("softmax", "cudnn"): ("#CC79A7", "<"),
     ("softmax", "reference"): ("#777777", "h"),
 }
+MODEL_LOOKS = {  # whole models have figures of their own
+    ("lightning", "attnlab"): ("#0072B2", "o"),
+    ("softmax", "attnlab"): ("#D55E00", "v"),
+    ("hybrid", "attnlab"): ("#009E73", "s"),
+    ("hybrid", "transformers"): ("#000000", "D"),
+}
 OTHER_COLOURS = {"lightning": "#004D73", "softmax": "#8A3D00"}  # backends that LOOKS lacks
 OTHER_MARKERS = ">8d"
-OP_DASHES = {"lightning": "-", "softmax": (0, (8, 1.5, 1.5, 1.5))}
+OP_DASHES = {"lightning": "-", "hybrid": "-", "softmax": (0, (8, 1.5, 1.5, 1.5))}
 PREDICTED_DASHES = (0, (3, 2.5))
 NOTES = {  # kinds of hollow points: marker ("": the line's own), explanation in the legend
     "predicted": ("", "hollow, dashed: predicted, not measured"),
@@ -127,11 +134,19 @@ QUANTITIES = {
 }
 
 
+MODEL_QUANTITIES = ("throughput", "time", "memory", "share")
+
+
+def quantities_of(rows: list[Row]) -> list[str]:
+    """Names of the figures of one configuration; whole models have no float64 to err against."""
+    return list(MODEL_QUANTITIES if rows[0].get("suite") == "model" else QUANTITIES)
+
+
 def look_of(line: Line) -> tuple[str, str]:
     """Colour and marker: the same in every run, for unknown backends and variants too."""
     other = OTHER_MARKERS[sum(line.name.encode()) % len(OTHER_MARKERS)]
     fallback = OTHER_COLOURS.get(line.op, "#444444"), other
-    colour, marker = LOOKS.get((line.op, line.backend), fallback)
+    colour, marker = (LOOKS | MODEL_LOOKS).get((line.op, line.backend), fallback)
     return colour, other if line.variant else marker
 
 
@@ -284,7 +299,7 @@ def write_figures(rows: Iterable[Row], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, group in enumerate(by_configuration(rows)):
-        for name in QUANTITIES:
+        for name in quantities_of(group):
             with rc_context(STYLE):
                 figure = make_figure(name, group)
                 if figure is not None:

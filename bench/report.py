@@ -21,7 +21,7 @@ from bench.findings import (
     time_table,
 )
 from bench.lines import Row, by_configuration, describe, latest
-from bench.plots import QUANTITIES, figure_name, write_figures
+from bench.plots import QUANTITIES, figure_name, quantities_of, write_figures
 from bench.rows import load_rows
 
 BROKEN = ("failed_accuracy", "error")
@@ -44,6 +44,9 @@ METHOD = [
     "among them, are compared with float64 at that very length. Its largest and its rms error may "
     "be twice those of a plain computation that rounds to the same type; above that the point "
     "counts as failed and has no time.",
+    "Models: before a point is timed, logits of its last tokens are computed once more with other "
+    "backends and in other pieces (transformers' are compared with ours); gradients are compared "
+    "with those of the ops' definitions. The median of the relative differences is judged.",
     "Limit: the larger of the counted operations over the measured matrix-product ceiling and the "
     "least traffic over the measured copy ceiling. A share of 100 % is a call at that ceiling; "
     "one above it worked from a cache.",
@@ -74,7 +77,9 @@ def report_blocks(
     blocks = [doc.Heading(1, f"Benchmark run {folder.resolve().name}"), *alert(rows)]
     blocks += [doc.Text(status_counts(rows))]
     for i, group in enumerate(by_configuration(rows)):
-        pictures = {name: folder / "figures" / figure_name(name, i) for name in QUANTITIES}
+        pictures = {
+            name: folder / "figures" / figure_name(name, i) for name in quantities_of(group)
+        }
         drawn = {name: path for name, path in pictures.items() if path in figures}
         blocks += configuration_blocks(group, drawn)
     skipped = not_measured(rows)

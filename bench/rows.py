@@ -33,7 +33,7 @@ class Point:
     value_dim: int
     dtype: str
     device: str
-    layer: str
+    layer: str | None  # whose slopes an op has; a model has those of all its layers
     precision: str
     input: str
     model: str | None = None

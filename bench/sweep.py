@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from bench.calls import OPS, PASSES
 from bench.inputs import Source, check_corpus
 from bench.report import write_report
 from bench.rows import Point, Row
+from bench.timing import CEILING_ROUNDS
 from bench.worker import Task, Worker
 
 DEFAULTS = {
@@ -71,7 +73,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _names(text: str, known: tuple[str, ...], what: str) -> list[str]:
+def listed(text: str, known: tuple[str, ...], what: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in known:
@@ -94,8 +96,8 @@ def plan_points(arguments: argparse.Namespace, device_name: str) -> list[list[Po
     for name in backends or []:
         check_backend_name(name)
     points = []
-    ops = _names(arguments.ops, tuple(OPS), "ops")
-    passes = _names(arguments.passes, PASSES, "passes")
+    ops = listed(arguments.ops, tuple(OPS), "ops")
+    passes = listed(arguments.passes, PASSES, "passes")
     for length in plan.lengths(
         *(plan.parse_length(x) for x in (arguments.min_len, arguments.max_len))
     ):
@@ -173,6 +175,8 @@ class Progress:
     def finish(self, point: Point, row: Row) -> None:
         """Show how it went."""
         outcome = row["status"] if row["status"] != "ok" else f"{row['ms_median']:.4g} ms"
+        if row.get("tokens_per_s") and point.model:
+            outcome += f", {row['tokens_per_s']:.4g} tokens/s"
         if row.get("share_of_limit"):
             outcome += f", {row['share_of_limit']:.0%} of the {row['limit']} limit"
         if row.get("reason"):
@@ -192,7 +196,9 @@ class Progress:
 def _label(point: Point) -> str:
     from bench.fit import format_len
 
-    return f"{format_len(point.q_len):>5} {point.op} {point.pass_} {point.backend}"
+    words = [f"{format_len(point.q_len):>5}", point.op, point.pass_, point.backend]
+    words += [point.model] if point.model else []
+    return " ".join(words) + (f" batch {point.batch}" if point.batch > 1 else "")
 
 
 @dataclass
@@ -205,6 +211,7 @@ class Sweep:
     control: Worker
     in_process: bool
     spent_s: float
+    ceiling_rounds: int = CEILING_ROUNDS
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -217,7 +224,9 @@ class Sweep:
         )
         self.source = Source(self.arguments.input, self.arguments.corpus, self.arguments.seed)
         dtype = self.arguments.dtype
-        self.ceilings = self.control.call("ceilings", self.arguments.device, dtype)
+        self.ceilings = self.control.call(
+            "ceilings", self.arguments.device, dtype, self.ceiling_rounds
+        )
         self.predictor = plan.Predictor({dtype: self.ceilings})
 
     def used_s(self) -> float:
@@ -295,30 +304,38 @@ class Sweep:
 
 
 def _worker_name(point: Point) -> str:
-    return f"{point.op}.{point.backend}"
+    return f"{point.op}.{point.backend}.{point.model}"
 
 
-def main(argv: list[str]) -> int:
-    """Run the sweep; 0, 1 if nothing could be measured, 2 for bad input, 3 for wrong results."""
+def execute(
+    arguments: argparse.Namespace,
+    planned: Callable[[argparse.Namespace, str], list[list[Point]]],
+    *,
+    in_process: bool = False,
+    ceiling_rounds: int = CEILING_ROUNDS,
+) -> int:
+    """Measure what `planned` gives for a device's name, and write the report; an exit code.
+
+    Points of a backend have a process of their own, unless all run `in_process`. The code is 0, 1 if nothing could be measured, 2 for bad input, 3 for wrong results, 130 if interrupted.
+    """
     try:
-        arguments = parse_arguments(argv)
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("expected a CUDA device for --device cuda, got none")
-        plan_points(arguments, "cpu")  # all that the command line can get wrong
+        planned(arguments, "cpu")  # all that the command line can get wrong
         folder, earlier = open_folder(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    in_process = "TORCHELASTIC_RUN_ID" in os.environ
+    in_process = in_process or "TORCHELASTIC_RUN_ID" in os.environ
     control = Worker(in_process)
     described = control.call("describe", arguments.device)
     described["started"] = rows.now_utc()
     spent_s = sum(row.get("point_s") or 0.0 for row in earlier)
-    sweep = Sweep(arguments, folder, described, control, in_process, spent_s)
+    sweep = Sweep(arguments, folder, described, control, in_process, spent_s, ceiling_rounds)
     signal.signal(signal.SIGINT, lambda *_: setattr(sweep, "stopping", True))
     sweep.write_manifest(finished=False)
     name = "cpu" if arguments.device == "cpu" else described["machine"]["device"]
-    collected = sweep.run(plan_points(arguments, name), {row["key"]: row for row in earlier})
+    collected = sweep.run(planned(arguments, name), {row["key"]: row for row in earlier})
     sweep.close()
     sweep.write_manifest(finished=not sweep.stopping)
     write_report(folder)
@@ -327,6 +344,16 @@ def main(argv: list[str]) -> int:
     if "failed_accuracy" in statuses:
         return 3
     return 130 if sweep.stopping else 0 if "ok" in statuses else 1
+
+
+def main(argv: list[str]) -> int:
+    """Run the sweep; an exit code, as `execute` gives it."""
+    try:
+        arguments = parse_arguments(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return execute(arguments, plan_points)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def _capture(
     return graph
 
 
-def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+def measure_ceilings(device: str, dtype: torch.dtype, rounds: int = CEILING_ROUNDS) -> Ceilings:
     """Copy rate and square matrix product rate of the device, the best of many, right now."""
     num_bytes, size = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
     source = torch.randint(255, (num_bytes,), dtype=torch.uint8, device=device)
@@ -200,7 +200,7 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     sample = _event_sample if device == "cuda" else _wall_sample
 
     copies, products = [], []
-    for number in range(CEILING_ROUNDS):
+    for number in range(rounds):
         time.sleep(CEILING_PAUSE_S if number else 0.0)  # what disturbs one round may spare the next
         for _ in range(CEILING_SAMPLES):
             copies.append(sample(lambda: target.copy_(source), None))

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from attnlab.registry import why_not
 from bench import calls, timing
 from bench.inputs import Source
 from bench.rows import Point, Row
+from bench.suites import suite_of
 
 WARM_UP_LEN = 256
 KEPT_BYTES = 1 << 30  # that a worker may hold beside twice what its last point took
@@ -33,7 +33,9 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 60),
     "KINETO_LOG_LEVEL": "99",  # or the profiler prints two lines at each use
 }
-PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "flash-linear-attention")
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "cupy-cuda13x", "flash-linear-attention"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class Task:
 def measure_point(task: Task) -> Row:
     """Check a point, then time it; the fields of its row that say how that went."""
     point, device = task.point, "cpu" if task.point.device == "cpu" else "cuda"
-    problem = calls.problem_of(point, device)
-    reason = why_not(problem.op, point.backend, problem)
+    reason = suite_of(point).why_not(point, device)
     if reason is not None:
         return {"status": "unsupported", "reason": reason}
     start = time.perf_counter()
@@ -77,7 +78,7 @@ def _failure(status: str, error: Exception) -> Row:
 def _measured(task: Task, device: str, start: float) -> Row:
     point = task.point
     first_call_ms = _first_call_ms(task, device)
-    call = calls.prepare(point, task.source, device)
+    call = suite_of(point).prepare(point, task.source, device)
     results, peak_bytes = compute_and_measure(call, device)
     verdict = call.judge(results)
     del results
@@ -93,7 +94,7 @@ def _measured(task: Task, device: str, start: float) -> Row:
     gc.collect()
     if point.pass_ == "bwd":
         call.run()  # makes the graph whose backward is timed
-    problem = calls.problem_of(point, device)
+    problem = suite_of(point).problem_of(point, device)
     left = max(0.0, task.budget_s - (time.perf_counter() - start))
     timed = timing.measure(
         call.run,
@@ -111,7 +112,7 @@ def _measured(task: Task, device: str, start: float) -> Row:
 def _first_call_ms(task: Task, device: str) -> float:
     """Time of a first short call, in which a backend compiles what it has to."""
     short = replace(task.point, q_len=min(WARM_UP_LEN, task.point.q_len))
-    call = calls.prepare(short, replace(task.source, kind="random"), device)
+    call = suite_of(short).prepare(short, replace(task.source, kind="random"), device)
     start = time.perf_counter()
     call.run()
     if device == "cuda":
@@ -219,7 +220,9 @@ def free_bytes(device: str) -> int:
 
 ACTIONS: dict[str, Callable[..., Any]] = {
     "measure": measure_point,
-    "ceilings": lambda device, dtype: timing.measure_ceilings(device, getattr(torch, dtype)),
+    "ceilings": lambda device, dtype, *rounds: timing.measure_ceilings(
+        device, getattr(torch, dtype), *rounds
+    ),
     "describe": describe_machine,
     "free_bytes": free_bytes,
     "release": calls.release_memory,

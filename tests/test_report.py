@@ -310,8 +310,8 @@ def test_a_figure_without_data_is_not_written(rows, tmp_path):
 def test_another_shape_gets_its_own_figures_and_another_suite_none(rows, tmp_path):
     few = [row for row in of(rows, "lightning", "triton") if row["q_len"] < 8192]
     small = [row | {"heads": 4, "error_rms": None} for row in few[:2]]
-    model = [row | {"suite": "model", "dtype": "float32"} for row in few]
-    paths = plots.write_figures(few + small + model, tmp_path)
+    probe = [row | {"suite": "probe", "dtype": "float32"} for row in few]
+    paths = plots.write_figures(few + small + probe, tmp_path)
     assert {path.name for path in paths if "time" in path.name} == {"time.png", "time-2.png"}
     assert tmp_path / "error-2.png" not in paths
 

@@ -1,0 +1,281 @@
+"""What a point of suite "model" runs: prefill, decode, or a training step, and what it must cost.
+
+Legend: B rows, T tokens, V vocabulary.
+"""
+
+import importlib.util
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attnlab.model import costs
+from attnlab.model.config import HybridConfig
+from attnlab.testing import Accuracy
+from attnlab.training import objective
+from attnlab.training.optimizer import MasterAdamW
+from attnlab.training.packing import Pack
+from bench import models
+from bench.calls import Call
+from bench.gate import Results, Verdict
+from bench.inputs import Source, check_corpus, corpus_bytes
+from bench.model_engines import (
+    CHUNK,
+    FILL,
+    Context,
+    Engine,
+    Ours,
+    Theirs,
+    chunks,
+    extend,
+    restore_states,
+    set_length,
+    states,
+)
+from bench.model_gate import KEPT, PIECE, judge_logits, other_backends, verdict_of
+from bench.rows import Point
+
+PASSES = ("prefill", "decode", "train", "split")
+GRADIENTS_LEN = 1024  # tokens over which gradients are judged: the definitions are quadratic
+PAIR_LEN = 2048  # tokens over which transformers is compared in float32
+OPTIMIZER_BYTES = 16  # a parameter: float32 master, gradient and two moments
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counted work of a point."""
+
+    point: Point
+
+    def flops(self, pass_: str) -> int:
+        """Operations of the point's products; a training step counts three forward passes."""
+        point, config = self.point, models.config_of(str(self.point.model))
+        if point.pass_ == "decode":
+            return point.batch * costs.decode_flops(config, point.q_len)
+        forward = costs.prefill_flops(config, point.q_len)
+        if point.pass_ == "train":
+            other_logits = (point.q_len - 1) * config.vocab_size * config.hidden_size
+            forward = 3 * (forward + 2 * other_logits)
+        return point.batch * forward
+
+    def min_bytes(self, pass_: str) -> int:
+        """Least traffic: weights that are met once, the cache once (states in and out)."""
+        point, config = self.point, models.config_of(str(self.point.model))
+        dtype = getattr(torch, point.dtype)
+        if point.pass_ == "train":
+            return costs.num_parameters(config) * (2 * dtype.itemsize + 2 * OPTIMIZER_BYTES)
+        tokens = point.batch * (1 if point.pass_ == "decode" else point.q_len)
+        weights = _weights_met(config, tokens) * dtype.itemsize
+        again = costs.cache_bytes(config, 0, point.batch, dtype) * (point.pass_ == "decode")
+        return weights + costs.cache_bytes(config, point.q_len, point.batch, dtype) + again
+
+
+def problem_of(point: Point, device: str) -> Work:
+    """The point's work, as `bench.calls` gives that of an op."""
+    return Work(point)
+
+
+def why_not(point: Point, device: str) -> str | None:
+    """Why the point can't run here, or None."""
+    if point.backend == models.PEER and importlib.util.find_spec(models.PEER) is None:
+        return "transformers is not installed"
+    return None
+
+
+def needed_bytes(point: Point) -> int:
+    """Rough peak memory: weights, cache, and what one layer (in training: all) holds of a pass."""
+    config, dtype = models.config_of(str(point.model)), getattr(torch, point.dtype)
+    weights = costs.num_parameters(config) * dtype.itemsize
+    width = 6 * config.inner_size + 6 * config.hidden_size
+    width += config.num_experts_per_tok * (3 * config.intermediate_size + 2 * config.hidden_size)
+    if point.pass_ == "train":
+        weights += costs.num_parameters(config) * OPTIMIZER_BYTES
+        token = config.num_hidden_layers * width * dtype.itemsize + 10 * config.vocab_size
+        return weights + point.batch * point.q_len * token
+    cache = costs.cache_bytes(config, point.q_len, point.batch, dtype)
+    at_once = FILL if point.pass_ == "decode" else CHUNK
+    held = point.batch * min(point.q_len, at_once) * width * dtype.itemsize
+    return weights * (2 if point.backend == models.PEER else 1) + 2 * cache + held
+
+
+def prepare(point: Point, source: Source, device: str) -> Call:
+    """Make the model and its tokens, and the call on them."""
+    makers = {"prefill": _prefill, "decode": _decode, "train": _train}
+    make = _peer if point.backend == models.PEER else makers[point.pass_]
+    return make(point, source, device)
+
+
+def token_ids(point: Point, source: Source, num_tokens: int, device: str) -> Tensor:
+    """`[B, T]` ids: bytes of the corpus, one row after the other, or random ones."""
+    if source.kind == "random":
+        generator = torch.Generator().manual_seed(source.seed)
+        vocab_size = models.config_of(str(point.model)).vocab_size
+        ids = torch.randint(vocab_size, (point.batch, num_tokens), generator=generator)
+    else:
+        count = point.batch * num_tokens
+        check_corpus(source.corpus, count)
+        data = corpus_bytes(source.corpus)[:count].astype(np.int64)
+        ids = torch.from_numpy(data).view(point.batch, num_tokens)
+    return ids.to(device)
+
+
+def _prefill(point: Point, source: Source, device: str) -> Call:
+    ids = token_ids(point, source, point.q_len, device)
+    model = models.build(str(point.model), getattr(torch, point.dtype), device)
+    before: list = []
+
+    def compute() -> Results:
+        cache = model.new_cache(*ids.shape)
+        *earlier, last = chunks(ids.shape[1], CHUNK)
+        if earlier:
+            extend(model, cache, ids, earlier, 1)
+        before[:] = cache, states(cache), last
+        return {"logits": extend(model, cache, ids, [last], KEPT)}
+
+    def judge(results: Results) -> Verdict:
+        """The last chunk once more, in pieces, from the states before it."""
+        cache, saved, last = before
+        before.clear()
+        set_length(cache, last.start)
+        restore_states(cache, saved)
+        size = min(PIECE, 1 + (last.stop - last.start) // 3)
+        pieces = chunks(last.stop, size, start=last.start)
+        with other_backends(model, "torch", "sdpa"):
+            again = extend(model, cache, ids, pieces, KEPT)
+        return judge_logits(results["logits"], again, point.dtype)
+
+    return Call(lambda: Ours(model).prefill(ids, 1), compute, judge, num_bytes_of(model))
+
+
+def _decode(point: Point, source: Source, device: str) -> Call:
+    model = models.build(str(point.model), getattr(torch, point.dtype), device)
+    ids = token_ids(point, source, min(point.q_len, FILL) + KEPT, device)
+    context, new = Ours(model).context(ids[:, :-KEPT], point.q_len, KEPT), ids[:, -KEPT:]
+    run = partial(first_step, context, new)
+
+    def judge(results: Results) -> Verdict:
+        """The tokens once more, all in one pass."""
+        context.restore()
+        with other_backends(model, "torch", "sdpa"):
+            again = extend(model, context.cache, new, [slice(KEPT)], KEPT)
+        return judge_logits(results["logits"], again, point.dtype)
+
+    size = num_bytes_of(model) + context.cache.num_bytes
+    return Call(run, lambda: {"logits": steps(context, new)}, judge, size)
+
+
+def _peer(point: Point, source: Source, device: str) -> Call:
+    """A call of transformers' model, which is judged by ours."""
+    engine = Theirs(models.build_peer(str(point.model), getattr(torch, point.dtype), device))
+    size = num_bytes_of(engine.model)
+
+    def judge(results: Results) -> Verdict:
+        if point.dtype != "float32":
+            return _verdict_in_float32(_short(point), source, device)
+        expected = last_logits(_ours_of(point, device), point, ids)
+        return judge_logits(results["logits"], expected, point.dtype)
+
+    if point.pass_ == "prefill":
+        ids = token_ids(point, source, point.q_len, device)
+        run = partial(engine.prefill, ids, 1)
+        return Call(run, lambda: {"logits": engine.prefill(ids, KEPT)}, judge, size)
+    ids = token_ids(point, source, min(point.q_len, FILL) + KEPT, device)
+    context, new = engine.context(ids[:, :-KEPT], point.q_len, KEPT), ids[:, -KEPT:]
+    run = partial(first_step, context, new)
+    return Call(run, lambda: {"logits": steps(context, new)}, judge, size)
+
+
+@lru_cache
+def _verdict_in_float32(point: Point, source: Source, device: str) -> Verdict:
+    """Verdict on their model and ours, both in float32, at a short length.
+
+    In 16 bits transformers rounds decays and states, so its logits are its own; that it has the
+    config and the weights of ours is seen in float32.
+    """
+    count = point.q_len if point.pass_ == "prefill" else point.q_len + KEPT
+    ids = token_ids(point, source, count, device)
+    ours = _ours_of(point, device)
+    logits = [last_logits(x, point, ids) for x in (Theirs(models.to_peer(ours.model)), ours)]
+    return judge_logits(*logits, point.dtype)
+
+
+def _short(point: Point) -> Point:
+    return replace(point, batch=1, q_len=min(point.q_len, PAIR_LEN), dtype="float32")
+
+
+def _ours_of(point: Point, device: str) -> Ours:
+    """Our model of the weights of theirs."""
+    name = str(point.model).removeprefix(f"{models.PEER}-")
+    return Ours(models.build(name, getattr(torch, point.dtype), device))
+
+
+def last_logits(engine: Engine, point: Point, ids: Tensor) -> Tensor:
+    """Logits `[B, KEPT, V]` that a point of the passes prefill and decode is judged by."""
+    if point.pass_ == "prefill":
+        return engine.prefill(ids, KEPT)
+    return steps(engine.context(ids[:, :-KEPT], point.q_len, KEPT), ids[:, -KEPT:])
+
+
+def first_step(context: Context, tokens: Tensor) -> Tensor:
+    """The step that is timed: from the end of the context, over and over."""
+    context.rewind()
+    return context.step(tokens[:, 0])
+
+
+def steps(context: Context, tokens: Tensor) -> Tensor:
+    """Logits `[B, T, V]` of `tokens` `[B, T]`, one step each, from the context as it was made."""
+    context.restore()
+    return torch.stack([context.step(column).clone() for column in tokens.unbind(1)], 1)
+
+
+def _train(point: Point, source: Source, device: str) -> Call:
+    model = models.build.__wrapped__(str(point.model), torch.float32, device).train()
+    optimizer = MasterAdamW(model, dtype=getattr(torch, point.dtype), weight_decay=0.1)
+    ids = token_ids(point, source, point.q_len + 1, device)
+
+    def run() -> Tensor:
+        loss = objective.backward(model, pack_of(ids), num_targets=point.q_len)
+        optimizer.collect_gradients()
+        optimizer.step(learning_rate=0.0, clip_norm=1.0)  # as dear as any other, and repeatable
+        return loss
+
+    def gradients() -> list[Tensor]:
+        """Of the first tokens, a vector a parameter."""
+        short = ids[:, : GRADIENTS_LEN + 1]
+        objective.backward(model, pack_of(short), num_targets=short.shape[1] - 1)
+        found = [x.grad.flatten() for x in model.parameters() if x.grad is not None]
+        model.zero_grad(set_to_none=True)
+        return found
+
+    def judge(results: Results) -> Verdict:
+        """Gradients of the first tokens against those of the definitions; the loss is a number."""
+        if not results["loss"].isfinite():
+            return Verdict(Accuracy(*[math.inf] * 3), "loss")
+        actual = gradients()
+        with other_backends(model, "reference", "reference"):
+            return verdict_of("gradients", actual, gradients(), point.dtype)
+
+    return Call(run, lambda: {"loss": run()}, judge, num_bytes_of(model))
+
+
+def pack_of(ids: Tensor) -> Pack:
+    """One document `[1, T+1]` as a pack of T tokens with T targets."""
+    count = ids.shape[1] - 1
+    bounds = torch.tensor([0, count], dtype=torch.int32)
+    return Pack(ids[:, :-1], ids[0, 1:], bounds, count)
+
+
+def num_bytes_of(model: nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return sum(x.numel() * x.element_size() for x in model.parameters())
+
+
+def _weights_met(config: HybridConfig, num_tokens: int) -> int:
+    """Weights that so many tokens meet at least: an embedding each, the experts that they can use."""
+    used = min(config.num_local_experts, num_tokens * config.num_experts_per_tok)
+    idle = (config.num_local_experts - used) * 3 * config.hidden_size * config.intermediate_size
+    embeddings = max(0, config.vocab_size - num_tokens) * config.hidden_size
+    return costs.num_parameters(config) - config.num_hidden_layers * idle - embeddings
