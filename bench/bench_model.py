@@ -5,7 +5,6 @@ transformers' hybrid does the first two with the same weights. Rows, resuming, b
 are those of `bench/sweep.py`. On a GPU, in this order as time allows:
 
     python bench/bench_model.py --size 1b --passes prefill,decode --out DIR
-    python bench/bench_model.py --size 1b --passes split --max-len 4M --models hybrid --out DIR --resume
     python bench/bench_model.py --size 3m,15m,100m --passes train --out DIR --resume
 """
 
@@ -35,7 +34,6 @@ DEFAULTS = {
 }
 SMOKE = {"size": "tiny", "min_len": "256", "max_len": "256", "train_len": "256"}
 MODELS = (*models.STACKS, models.PEER)
-PEER_PASSES = ("prefill", "decode")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -46,7 +44,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
     add("--passes", default="prefill,decode,train", help=f"comma-separated, of {', '.join(PASSES)}")
     add("--min-len", help="shortest prompt or context; lengths go up by factors of 4")
-    add("--max-len", help="longest prompt or context, and the length of the pass split")
+    add("--max-len", help="longest prompt or context")
     add("--train-len", help="longest sequence in training")
     add("--batches", help="rows that decode together, comma-separated (default: 1; 1,64 on CUDA)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -83,14 +81,12 @@ def plan_points(arguments: argparse.Namespace, device_name: str) -> list[list[Po
         plan.parse_length(text)
         for text in (arguments.min_len, arguments.max_len, arguments.train_len)
     )
-    reach = {"train": range(train + 1), "split": [longest]}
     points = []
     for size, length in itertools.product(sizes, lengths(shortest, longest)):
         calls = [
             (kind, pass_, length, batch)
             for kind, pass_ in itertools.product(kinds, passes)
-            if length in reach.get(pass_, [length])
-            and (kind != models.PEER or pass_ in PEER_PASSES)
+            if pass_ != "train" or (length <= train and kind != models.PEER)
             for batch in (batches if pass_ == "decode" else [1])
         ]
         found = [point_of(arguments, device_name, size, *call) for call in calls]

@@ -4,7 +4,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from attnlab.problem import Problem
 from attnlab.testing import Inputs, accuracy, baseline_scan, softmax_baseline, softmax_oracle
 from bench.gate import Results, Verdict, check_lightning, check_softmax
 from bench.inputs import Source
-from bench.rows import Point
+from bench.rows import Point, Row
 
 PASSES = ("fwd", "bwd", "fwd+bwd", "decode")
 OPS = {
@@ -79,13 +79,15 @@ def needed_bytes(point: Point) -> int:
 class Call:
     """A point made ready: `run` is what is timed; `judge` says how right `compute`'s results are.
 
-    `compute` does what `run` does and keeps the results; `input_bytes` are those of the tensors.
+    `compute` does what `run` does and keeps the results; `input_bytes` are those of the tensors;
+    `notes` are fields of the row that `compute` finds out.
     """
 
     run: Callable[[], object]
     compute: Callable[[], Results]
     judge: Callable[[Results], Verdict]
     input_bytes: int
+    notes: Row = field(default_factory=dict)
 
     def check(self) -> Verdict:
         """Compute and judge."""

@@ -21,7 +21,10 @@ PASSES = {
     "train": "training step",
 }
 VARIANTS = ("kv_heads", "layer", "precision", "input")  # named where one op has several
-BACKENDS = ("triton", "cuda", "torch", "sdpa", "flash", "cudnn", "fla", "reference")
+BACKENDS = (
+    *("attnlab", "transformers", "triton", "cuda", "torch", "sdpa", "flash", "cudnn", "fla"),
+    "reference",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def describe(rows: list[Row]) -> str:
     special = sorted({row.get("precision") or "default" for row in rows} - {"default"})
     kind = row["dtype"] + "".join(f", precision {name}" for name in special)
     heads = f"{row['heads']} head{'s' * (row['heads'] > 1)}"
-    models = f"models of {size_of(row)}, " if size_of(row) else ""
+    models = f"models of size {size_of(row)}, " if size_of(row) else ""
     return f"{models}batch {row['batch']}, {heads}, {dims}, {kind}, {row['device']}"
 
 

@@ -1,19 +1,19 @@
-"""What a point of suite "model" runs: prefill, decode, or a training step, and what it must cost.
+"""What a point of suite "model" runs: a prefill, a decoding step or a training step.
 
 Legend: B rows, T tokens, V vocabulary.
 """
 
 import importlib.util
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnlab.model import costs
-from attnlab.model.config import HybridConfig
+from attnlab.cache import ModelCache
+from attnlab.model import HybridLM
 from attnlab.testing import Accuracy
 from attnlab.training import objective
 from attnlab.training.optimizer import MasterAdamW
@@ -22,6 +22,7 @@ from bench import models
 from bench.calls import Call
 from bench.gate import Results, Verdict
 from bench.inputs import Source, check_corpus, corpus_bytes
+from bench.model_costs import Work, needed_bytes
 from bench.model_engines import (
     CHUNK,
     FILL,
@@ -34,43 +35,18 @@ from bench.model_engines import (
     restore_states,
     set_length,
     states,
+    stepper,
 )
 from bench.model_gate import KEPT, PIECE, judge_logits, other_backends, verdict_of
-from bench.rows import Point
+from bench.model_parts import PartTimer
+from bench.rows import Point, Row
 
-PASSES = ("prefill", "decode", "train", "split")
+__all__ = ["PASSES", "needed_bytes", "prepare", "problem_of", "why_not"]
+
+PASSES = ("prefill", "decode", "train")
 GRADIENTS_LEN = 1024  # tokens over which gradients are judged: the definitions are quadratic
+NEW_TOKENS = 64  # that follow a prefill
 PAIR_LEN = 2048  # tokens over which transformers is compared in float32
-OPTIMIZER_BYTES = 16  # a parameter: float32 master, gradient and two moments
-
-
-@dataclass(frozen=True)
-class Work:
-    """Counted work of a point."""
-
-    point: Point
-
-    def flops(self, pass_: str) -> int:
-        """Operations of the point's products; a training step counts three forward passes."""
-        point, config = self.point, models.config_of(str(self.point.model))
-        if point.pass_ == "decode":
-            return point.batch * costs.decode_flops(config, point.q_len)
-        forward = costs.prefill_flops(config, point.q_len)
-        if point.pass_ == "train":
-            other_logits = (point.q_len - 1) * config.vocab_size * config.hidden_size
-            forward = 3 * (forward + 2 * other_logits)
-        return point.batch * forward
-
-    def min_bytes(self, pass_: str) -> int:
-        """Least traffic: weights that are met once, the cache once (states in and out)."""
-        point, config = self.point, models.config_of(str(self.point.model))
-        dtype = getattr(torch, point.dtype)
-        if point.pass_ == "train":
-            return costs.num_parameters(config) * (2 * dtype.itemsize + 2 * OPTIMIZER_BYTES)
-        tokens = point.batch * (1 if point.pass_ == "decode" else point.q_len)
-        weights = _weights_met(config, tokens) * dtype.itemsize
-        again = costs.cache_bytes(config, 0, point.batch, dtype) * (point.pass_ == "decode")
-        return weights + costs.cache_bytes(config, point.q_len, point.batch, dtype) + again
 
 
 def problem_of(point: Point, device: str) -> Work:
@@ -83,22 +59,6 @@ def why_not(point: Point, device: str) -> str | None:
     if point.backend == models.PEER and importlib.util.find_spec(models.PEER) is None:
         return "transformers is not installed"
     return None
-
-
-def needed_bytes(point: Point) -> int:
-    """Rough peak memory: weights, cache, and what one layer (in training: all) holds of a pass."""
-    config, dtype = models.config_of(str(point.model)), getattr(torch, point.dtype)
-    weights = costs.num_parameters(config) * dtype.itemsize
-    width = 6 * config.inner_size + 6 * config.hidden_size
-    width += config.num_experts_per_tok * (3 * config.intermediate_size + 2 * config.hidden_size)
-    if point.pass_ == "train":
-        weights += costs.num_parameters(config) * OPTIMIZER_BYTES
-        token = config.num_hidden_layers * width * dtype.itemsize + 10 * config.vocab_size
-        return weights + point.batch * point.q_len * token
-    cache = costs.cache_bytes(config, point.q_len, point.batch, dtype)
-    at_once = FILL if point.pass_ == "decode" else CHUNK
-    held = point.batch * min(point.q_len, at_once) * width * dtype.itemsize
-    return weights * (2 if point.backend == models.PEER else 1) + 2 * cache + held
 
 
 def prepare(point: Point, source: Source, device: str) -> Call:
@@ -126,19 +86,24 @@ def _prefill(point: Point, source: Source, device: str) -> Call:
     ids = token_ids(point, source, point.q_len, device)
     model = models.build(str(point.model), getattr(torch, point.dtype), device)
     before: list = []
+    notes: Row = {}
 
     def compute() -> Results:
-        cache = model.new_cache(*ids.shape)
-        *earlier, last = chunks(ids.shape[1], CHUNK)
-        if earlier:
-            extend(model, cache, ids, earlier, 1)
-        before[:] = cache, states(cache), last
-        return {"logits": extend(model, cache, ids, [last], KEPT)}
+        cache = model.new_cache(point.batch, point.q_len + NEW_TOKENS)
+        *earlier, last = chunks(point.q_len, CHUNK)
+        with PartTimer(model, device) as parts:
+            if earlier:
+                extend(model, cache, ids, earlier, 1)
+            before[:] = cache, states(cache), last
+            logits = extend(model, cache, ids, [last], KEPT)
+        notes["parts_ms"] = parts.ms()
+        return {"logits": logits}
 
     def judge(results: Results) -> Verdict:
-        """The last chunk once more, in pieces, from the states before it."""
+        """The last chunk once more, in pieces, from the states before it; and what comes next."""
         cache, saved, last = before
         before.clear()
+        notes["new_tokens"] = greedy(model, cache, results["logits"][:, -1])
         set_length(cache, last.start)
         restore_states(cache, saved)
         size = min(PIECE, 1 + (last.stop - last.start) // 3)
@@ -147,7 +112,8 @@ def _prefill(point: Point, source: Source, device: str) -> Call:
             again = extend(model, cache, ids, pieces, KEPT)
         return judge_logits(results["logits"], again, point.dtype)
 
-    return Call(lambda: Ours(model).prefill(ids, 1), compute, judge, num_bytes_of(model))
+    run = partial(Ours(model).prefill, ids, 1)
+    return Call(run, compute, judge, num_bytes_of(*model.parameters()), notes)
 
 
 def _decode(point: Point, source: Source, device: str) -> Call:
@@ -163,14 +129,14 @@ def _decode(point: Point, source: Source, device: str) -> Call:
             again = extend(model, context.cache, new, [slice(KEPT)], KEPT)
         return judge_logits(results["logits"], again, point.dtype)
 
-    size = num_bytes_of(model) + context.cache.num_bytes
+    size = num_bytes_of(*model.parameters()) + context.cache.num_bytes
     return Call(run, lambda: {"logits": steps(context, new)}, judge, size)
 
 
 def _peer(point: Point, source: Source, device: str) -> Call:
     """A call of transformers' model, which is judged by ours."""
     engine = Theirs(models.build_peer(str(point.model), getattr(torch, point.dtype), device))
-    size = num_bytes_of(engine.model)
+    size = num_bytes_of(*engine.model.parameters())
 
     def judge(results: Results) -> Verdict:
         if point.dtype != "float32":
@@ -186,6 +152,14 @@ def _peer(point: Point, source: Source, device: str) -> Call:
     context, new = engine.context(ids[:, :-KEPT], point.q_len, KEPT), ids[:, -KEPT:]
     run = partial(first_step, context, new)
     return Call(run, lambda: {"logits": steps(context, new)}, judge, size)
+
+
+def greedy(model: HybridLM, cache: ModelCache, logits: Tensor) -> list[list[int]]:
+    """The first `NEW_TOKENS` ids of each row's continuation, given the logits `[B, V]` behind it."""
+    step, found = stepper(model, cache), [logits.argmax(-1)]
+    while len(found) < NEW_TOKENS:
+        found.append(step(found[-1]).argmax(-1))
+    return torch.stack(found, 1).tolist()
 
 
 @lru_cache
@@ -236,11 +210,13 @@ def _train(point: Point, source: Source, device: str) -> Call:
     optimizer = MasterAdamW(model, dtype=getattr(torch, point.dtype), weight_decay=0.1)
     ids = token_ids(point, source, point.q_len + 1, device)
 
-    def run() -> Tensor:
-        loss = objective.backward(model, pack_of(ids), num_targets=point.q_len)
+    def step(ids: Tensor) -> Tensor:
+        loss = objective.backward(model, pack_of(ids), num_targets=ids.shape[1] - 1)
         optimizer.collect_gradients()
         optimizer.step(learning_rate=0.0, clip_norm=1.0)  # as dear as any other, and repeatable
         return loss
+
+    step(ids[:, :2])  # makes the moments
 
     def gradients() -> list[Tensor]:
         """Of the first tokens, a vector a parameter."""
@@ -258,7 +234,9 @@ def _train(point: Point, source: Source, device: str) -> Call:
         with other_backends(model, "reference", "reference"):
             return verdict_of("gradients", actual, gradients(), point.dtype)
 
-    return Call(run, lambda: {"loss": run()}, judge, num_bytes_of(model))
+    moments = [x for state in optimizer.adamw.state.values() for x in state.values()]
+    size = num_bytes_of(*model.parameters(), *optimizer.masters.values(), *moments)
+    return Call(partial(step, ids), lambda: {"loss": step(ids)}, judge, size)
 
 
 def pack_of(ids: Tensor) -> Pack:
@@ -268,14 +246,6 @@ def pack_of(ids: Tensor) -> Pack:
     return Pack(ids[:, :-1], ids[0, 1:], bounds, count)
 
 
-def num_bytes_of(model: nn.Module) -> int:
-    """Bytes of a model's weights."""
-    return sum(x.numel() * x.element_size() for x in model.parameters())
-
-
-def _weights_met(config: HybridConfig, num_tokens: int) -> int:
-    """Weights that so many tokens meet at least: an embedding each, the experts that they can use."""
-    used = min(config.num_local_experts, num_tokens * config.num_experts_per_tok)
-    idle = (config.num_local_experts - used) * 3 * config.hidden_size * config.intermediate_size
-    embeddings = max(0, config.vocab_size - num_tokens) * config.hidden_size
-    return costs.num_parameters(config) - config.num_hidden_layers * idle - embeddings
+def num_bytes_of(*tensors: Tensor) -> int:
+    """Bytes of the tensors, one that comes twice counted once."""
+    return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())

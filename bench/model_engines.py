@@ -3,6 +3,7 @@
 Legend: B rows, T tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -70,8 +71,14 @@ def extend(
     return torch.cat(logits, 1)[:, -keep:]
 
 
+def stepper(model: HybridLM, cache: ModelCache) -> Callable[[Tensor], Tensor]:
+    """Decoding steps `[B]` to `[B, V]`, replayed from a CUDA graph where that can be."""
+    graphed = can_capture(model, cache.batch)
+    return GraphedStep(model, cache) if graphed else partial(decode_step, model, cache)
+
+
 class OurContext:
-    """A cache of ours, and steps from it: replayed from a CUDA graph where that can be."""
+    """A cache of ours, and steps from it."""
 
     def __init__(self, model: HybridLM, ids: Tensor, length: int, room: int) -> None:
         self.length = length
@@ -83,9 +90,7 @@ class OurContext:
                     x[:, :, :length] = repeated(x[:, :, : ids.shape[1]], length)
         self.saved = states(self.cache)
         self.rewind()
-        graphed = can_capture(model, ids.shape[0])
-        eager = partial(decode_step, model, self.cache)
-        self.step = GraphedStep(model, self.cache) if graphed else eager
+        self.step = stepper(model, self.cache)
 
     def rewind(self) -> None:
         """As described at `Context`."""

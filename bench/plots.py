@@ -40,6 +40,7 @@ from bench.lines import (
     format_ms,
     lines_of,
 )
+from bench.parts_figure import make_parts_figure
 
 # Okabe-Ito colours: cool ones for lightning, warm ones for softmax, neutral ones for the naive
 # definition and for the peer fla. Markers differ too, for print in black and white.
@@ -137,9 +138,9 @@ QUANTITIES = {
 MODEL_QUANTITIES = ("throughput", "time", "memory", "share")
 
 
-def quantities_of(rows: list[Row]) -> list[str]:
+def figures_of(rows: list[Row]) -> list[str]:
     """Names of the figures of one configuration; whole models have no float64 to err against."""
-    return list(MODEL_QUANTITIES if rows[0].get("suite") == "model" else QUANTITIES)
+    return [*MODEL_QUANTITIES, "parts"] if rows[0].get("suite") == "model" else list(QUANTITIES)
 
 
 def look_of(line: Line) -> tuple[str, str]:
@@ -299,9 +300,9 @@ def write_figures(rows: Iterable[Row], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, group in enumerate(by_configuration(rows)):
-        for name in quantities_of(group):
+        for name in figures_of(group):
             with rc_context(STYLE):
-                figure = make_figure(name, group)
+                figure = make_parts_figure(group) if name == "parts" else make_figure(name, group)
                 if figure is not None:
                     paths.append(folder / figure_name(name, i))
                     figure.savefig(paths[-1])

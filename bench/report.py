@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import document as doc
+from bench import parts_figure
 from bench.findings import (
     crossover_table,
     exponent_table,
@@ -21,7 +22,7 @@ from bench.findings import (
     time_table,
 )
 from bench.lines import Row, by_configuration, describe, latest
-from bench.plots import QUANTITIES, figure_name, quantities_of, write_figures
+from bench.plots import QUANTITIES, figure_name, figures_of, write_figures
 from bench.rows import load_rows
 
 BROKEN = ("failed_accuracy", "error")
@@ -31,6 +32,7 @@ CAPTIONS = {
     "share": "How much of what the measured ceilings of this machine allow each backend reaches.",
     "memory": "Parallel lines grow alike; a steeper one is a score matrix, a flat one a state.",
     "exponent": "Launch costs flatten the short lengths; the right end is what the op comes to.",
+    "parts": "A mixer counts with its projections; the rest is norms, residuals, embedding and head.",
     "error": "Where rounding errors accumulate over the sequence, a line rises with length.",
 }
 METHOD = [
@@ -77,9 +79,7 @@ def report_blocks(
     blocks = [doc.Heading(1, f"Benchmark run {folder.resolve().name}"), *alert(rows)]
     blocks += [doc.Text(status_counts(rows))]
     for i, group in enumerate(by_configuration(rows)):
-        pictures = {
-            name: folder / "figures" / figure_name(name, i) for name in quantities_of(group)
-        }
+        pictures = {name: folder / "figures" / figure_name(name, i) for name in figures_of(group)}
         drawn = {name: path for name, path in pictures.items() if path in figures}
         blocks += configuration_blocks(group, drawn)
     skipped = not_measured(rows)
@@ -104,7 +104,8 @@ def configuration_blocks(rows: list[Row], pictures: dict[str, Path]) -> list[doc
     blocks = [doc.Heading(2, "Findings"), doc.Text(f"Measured with {describe(rows)}.")]
     blocks += [doc.Bullets(findings(rows))]
     blocks += [doc.Heading(2, "Figures")] if pictures else []
-    titles = {name: QUANTITIES[name].title for name in pictures}
+    titles = {name: quantity.title for name, quantity in QUANTITIES.items()}
+    titles["parts"] = parts_figure.TITLE
     blocks += [doc.Picture(p, titles[name], CAPTIONS[name]) for name, p in pictures.items()]
     exponents, crossovers = exponent_table(rows), crossover_table(rows)
     if exponents.rows:

@@ -106,7 +106,7 @@ def _measured(task: Task, device: str, start: float) -> Row:
     row = {"status": "ok", "reason": None, "first_call_ms": first_call_ms} | timed.statistics()
     row |= accuracy | {"peak_bytes": peak_bytes}
     row["clocks"] = timing.read_clocks() if device == "cuda" else None
-    return row | _shares(point, problem, row["ms_median"], task.ceilings)
+    return row | call.notes | _shares(point, problem, row["ms_median"], task.ceilings)
 
 
 def _first_call_ms(task: Task, device: str) -> float:
@@ -131,6 +131,7 @@ def _shares(point: Point, problem: Any, ms: float, ceilings: timing.Ceilings | N
         "flops": flops,
         "min_bytes": num_bytes,
         "tokens_per_s": point.batch * steps / ms * 1e3,
+        "mfu": timing.share_of_peak(flops / ms / 1e9, point.device, point.dtype),
     }
     if ceilings is None:
         return row
