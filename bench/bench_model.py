@@ -33,6 +33,7 @@ DEFAULTS = {
     },
 }
 SMOKE = {"size": "tiny", "min_len": "256", "max_len": "256", "train_len": "256"}
+SWEEP_LEN = 1 << 14
 MODELS = (*models.STACKS, models.PEER)
 
 
@@ -48,7 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--train-len", help="longest sequence in training")
     add("--batches", help="rows that decode together, comma-separated (default: 1; 1,64 on CUDA)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32; bfloat16 on CUDA")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by device")
     add("--input", choices=("text", "random"), help="ids: bytes of text (default on a CPU), or any")
     add("--corpus", help="file or folder for --input text (default: Python's standard library)")
     add("--budget", type=float, help="seconds for the whole run")
@@ -96,6 +97,17 @@ def plan_points(arguments: argparse.Namespace, device_name: str) -> list[list[Po
     if arguments.input == "text":
         check_corpus(arguments.corpus, longest + 1)
     return points
+
+
+def points_of_sweep(arguments: argparse.Namespace, device_name: str) -> list[list[Point]]:
+    """Prefills and decoding steps of the sizes that a sweep's options ask for, up to 16K tokens."""
+    longest = min(plan.parse_length(arguments.max_len), SWEEP_LEN)
+    options = {"max-len": longest, "min-len": min(1 << 10, longest), "passes": "prefill,decode"}
+    for name in ("device", "dtype", "input", "corpus", "seed", "budget", "point_budget"):
+        if getattr(arguments, name) is not None:
+            options[name.replace("_", "-")] = getattr(arguments, name)
+    words = [f"--{name}={value}" for name, value in options.items()]
+    return plan_points(parse_arguments([f"--size={arguments.models}", *words]), device_name)
 
 
 def lengths(shortest: int, longest: int) -> list[int]:

@@ -58,6 +58,8 @@ def why_not(point: Point, device: str) -> str | None:
     """Why the point can't run here, or None."""
     if point.backend == models.PEER and importlib.util.find_spec(models.PEER) is None:
         return "transformers is not installed"
+    if point.pass_ == "train" and point.dtype == "float16":
+        return "small gradients vanish in float16, and the trainer scales no losses"
     return None
 
 

@@ -49,6 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--backends", default="auto", help="comma-separated, or auto for all that run here")
     add("--passes", default="fwd,fwd+bwd,decode", help=f"comma-separated, of {', '.join(PASSES)}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--models", default="none", help="sizes of whole models to time at the end, as 3m, or none")
     add("--batch", type=int, default=1, help="sequences")
     add("--heads", type=int, help="query heads (default: 1 on a CPU, 16 on CUDA)")
     add("--kv-heads", type=int, help="key heads of softmax (default: as many as heads)")
@@ -127,6 +128,10 @@ def plan_points(arguments: argparse.Namespace, device_name: str) -> list[list[Po
         points.append(plan.shuffled(of_length, arguments.seed))
     if arguments.input == "text":
         check_corpus(arguments.corpus, arguments.batch * points[-1][0].q_len)
+    if arguments.models != "none":
+        from bench import bench_model  # which runs its own points through this module
+
+        points += bench_model.points_of_sweep(arguments, device_name)
     return points
 
 

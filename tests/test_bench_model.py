@@ -1,5 +1,6 @@
 """Measuring whole models: a short run as a user starts it, what it counts, and what its gate catches."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from attnlab.model import HybridLM
-from bench import bench_model, model_calls, model_engines, models, plan, timing
+from bench import bench_model, model_calls, model_engines, models, plan, sweep, timing
 from bench.inputs import Source
 from bench.lines import by_configuration, lines_of
 from bench.model_costs import Work
@@ -133,6 +134,23 @@ def test_lengths_go_up_by_fours_and_end_with_the_longest():
     assert bench_model.lengths(2048, 1 << 22)[-3:] == [1 << 19, 1 << 21, 1 << 22]
 
 
+def planned(options):
+    lists = sweep.plan_points(sweep.parse_arguments(options), "cpu")
+    return list(itertools.chain.from_iterable(lists))
+
+
+def test_a_sweep_ends_with_models_if_asked():
+    options = ["--max-len", "32K", "--device", "cpu", "--models", "tiny,3m"]
+    points = planned(options)
+    suites = [point.suite for point in points]
+    ops = suites.count("ops")
+    assert suites == ["ops"] * ops + ["model"] * (len(suites) - ops)
+    found = {(p.model.rpartition("-")[2], p.q_len, p.pass_) for p in points[ops:]}
+    lengths = (1 << 10, 1 << 12, 1 << 14)
+    assert found == set(itertools.product(("tiny", "3m"), lengths, ("prefill", "decode")))
+    assert all(point.suite == "ops" for point in planned(options[:4]))
+
+
 def test_the_comparison_config_has_a_billion_parameters_in_every_stack():
     counts = [models.config_of(f"{stack}-1b").num_parameters() for stack in models.STACKS]
     assert all(abs(count - 1.09e9) < 0.01 * 1.09e9 for count in counts)
@@ -144,6 +162,12 @@ def test_counted_operations_are_those_of_the_model(model):
     assert Work(point("prefill", model)).flops("prefill") == built.prefill_flops(200)
     four = Work(point("decode", model, batch=4))
     assert four.flops("decode") == 4 * built.decode_flops(200)
+
+
+def test_a_training_step_counts_three_passes_with_all_logits():
+    model = HybridLM(models.config_of("hybrid-tiny"), device="meta")
+    other_logits = 199 * 2 * 320 * 64
+    assert Work(point("train")).flops("train") == 3 * (model.prefill_flops(200) + other_logits)
 
 
 def test_least_bytes_of_a_step_are_those_that_a_token_meets():
@@ -273,6 +297,11 @@ def test_without_transformers_its_row_says_so(monkeypatch):
     task = Task(point("prefill", "transformers-hybrid-tiny"), SOURCE, CEILINGS, 1.0)
     row = measure_point(task)
     assert (row["status"], row["reason"]) == ("unsupported", "transformers is not installed")
+
+
+def test_half_precision_training_is_not_offered():
+    row = measure_point(Task(point("train", dtype="float16"), SOURCE, CEILINGS, 1.0))
+    assert row["status"] == "unsupported" and "float16" in row["reason"]
 
 
 def test_parts_add_up_and_a_slow_part_shows():
