@@ -25,7 +25,7 @@ from bench.rows import Point
 DEFAULTS = {
     "cpu": {
         **{"size": "3m", "min_len": "1K", "max_len": "16K", "train_len": "4K", "batches": "1"},
-        **{"dtype": "float32", "input": "text", "budget": 120, "point_budget": 30},
+        **{"dtype": "float32", "input": "text", "budget": 160, "point_budget": 30},
     },
     "cuda": {
         **{"size": "1b", "min_len": "2K", "max_len": "4M", "train_len": "128K", "batches": "1,64"},
