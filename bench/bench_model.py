@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 
 from bench import models, plan, sweep
 from bench.inputs import check_corpus
@@ -59,21 +58,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on in --out, or in the newest run")
     add("--smoke", action="store_true", help="short points of the tiny size: seconds on a CPU")
     arguments = parser.parse_args(argv)
-    if arguments.device is None:
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    defaults = DEFAULTS[arguments.device] | (SMOKE if arguments.smoke else {})
-    for name, value in defaults.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
+    sweep.fill_in(arguments, DEFAULTS, **(SMOKE if arguments.smoke else {}))
     return arguments
 
 
 def plan_points(arguments: argparse.Namespace, device_name: str) -> list[list[Point]]:
     """Points of the run, a shuffled list a length; `ValueError` for what can't be meant."""
-    for name in ("budget", "point_budget"):
-        if getattr(arguments, name) <= 0:
-            given = getattr(arguments, name)
-            raise ValueError(f"expected --{name.replace('_', '-')} > 0, got {given}")
+    sweep.check_positive(arguments, "budget", "point_budget")
     sizes = sweep.listed(arguments.size, tuple(models.SIZES), "sizes")
     kinds = sweep.listed(arguments.models, MODELS, "models")
     passes = sweep.listed(arguments.passes, PASSES, "passes")

@@ -6,7 +6,6 @@ the pass; on a CPU with the clock.
 
 import time
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -35,12 +34,7 @@ class PartTimer:
         self._start = self._now()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop = self._now()
         for hook in self._hooks:
             hook.remove()

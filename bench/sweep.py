@@ -65,11 +65,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, help="folder of results (default: a new one under results/runs)")
     add("--resume", action="store_true", help="go on in --out, or in the newest run")
     arguments = parser.parse_args(argv)
-    if arguments.device is None:
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, value in DEFAULTS[arguments.device].items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
+    fill_in(arguments, DEFAULTS)
     arguments.kv_heads = arguments.kv_heads or arguments.heads
     return arguments
 
@@ -82,12 +78,26 @@ def listed(text: str, known: tuple[str, ...], what: str) -> list[str]:
     return names
 
 
-def plan_points(arguments: argparse.Namespace, device_name: str) -> list[list[Point]]:
-    """Points of the sweep, a shuffled list a length; `ValueError` for what can't be meant."""
-    for name in ("batch", "heads", "kv_heads", "head_dim", "budget", "point_budget"):
+def fill_in(arguments: argparse.Namespace, by_device: dict[str, dict], **instead: object) -> None:
+    """Set what was not given: the device, and options by device; `instead` goes before those."""
+    if arguments.device is None:
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, value in (by_device[arguments.device] | instead).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise `ValueError` for the first of the named options that isn't above zero."""
+    for name in names:
         value = getattr(arguments, name)
         if value <= 0:
             raise ValueError(f"expected --{name.replace('_', '-')} > 0, got {value}")
+
+
+def plan_points(arguments: argparse.Namespace, device_name: str) -> list[list[Point]]:
+    """Points of the sweep, a shuffled list a length; `ValueError` for what can't be meant."""
+    check_positive(arguments, "batch", "heads", "kv_heads", "head_dim", "budget", "point_budget")
     if arguments.heads % arguments.kv_heads:
         raise ValueError(
             f"expected --kv-heads that divides {arguments.heads}, got {arguments.kv_heads}"

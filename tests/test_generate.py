@@ -27,13 +27,7 @@ CHI_SQUARE = 40.0
 DRAWS = 50_000
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny: on busy cores a second thread waits far longer than it works."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_prompts():

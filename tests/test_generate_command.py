@@ -15,14 +15,7 @@ from attnlab.inference.text import TextStream
 from attnlab.model import HybridLM
 from attnlab.training.tokenizer import ByteTokenizer
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny: on busy cores a second thread waits far longer than it works."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,7 @@ FLOAT64 = 1e-12
 """Of the largest value: two products and a weighted sum of up to 100 terms in float64 (1e-16)."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny: on busy cores a second thread waits far longer than it works."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_moe(dtype=torch.float64, **changes):

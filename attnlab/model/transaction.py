@@ -57,13 +57,13 @@ def replace_files(path: Path, obsolete: Callable[[str], bool]) -> Iterator[Path]
         old = [name for name in current_files(path) if obsolete(name) and name not in new]
         (incoming / MANIFEST).write_text(json.dumps(old))
         for entry in incoming.iterdir():
-            _flush(entry)
-        _flush(incoming)
+            flush(entry)
+        flush(incoming)
         os.rename(incoming, path / COMMITTED)
     except BaseException:
         shutil.rmtree(incoming, ignore_errors=True)
         raise
-    _flush(path)
+    flush(path)
     _put_in_place(path)
 
 
@@ -77,16 +77,16 @@ def _put_in_place(path: Path) -> None:
         pending = [entry.name for entry in committed.iterdir() if entry != manifest]
         for name in [*json.loads(manifest.read_text()), *pending]:
             (path / name).unlink(missing_ok=True)
-        _flush(path)
+        flush(path)
         for name in pending:
             os.replace(committed / name, path / name)
-        _flush(path)
+        flush(path)
         manifest.unlink()
     committed.rmdir()
-    _flush(path)
+    flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -253,28 +253,6 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
-def _consume_first(
-    ring, bars, scratch, outputs, where, order, counts, params, states, rows,
-    DB: gl.constexpr, DC: gl.constexpr, STAGES: gl.constexpr, OUTPUT: gl.constexpr,
-):  # fmt: skip
-    _consume(
-        0, ring, bars, scratch, outputs, where, order, counts, params, states, rows,
-        DB, DC, STAGES, OUTPUT,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _consume_second(
-    ring, bars, scratch, outputs, where, order, counts, params, states, rows,
-    DB: gl.constexpr, DC: gl.constexpr, STAGES: gl.constexpr, OUTPUT: gl.constexpr,
-):  # fmt: skip
-    _consume(
-        1, ring, bars, scratch, outputs, where, order, counts, params, states, rows,
-        DB, DC, STAGES, OUTPUT,
-    )  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=["heads_per_row", "H", "T"])
 def warp_scan_kernel(
     a_0, b_0, c_0, out_0, p_out_0,
@@ -345,12 +323,12 @@ def warp_scan_kernel(
     if HALVES == 2:
         gl.warp_specialize(
             [
-                (_consume_first, (
-                    ring, bars, scratch, outputs, where, order, counts, params, states, rows,
+                (_consume, (
+                    0, ring, bars, scratch, outputs, where, order, counts, params, states, rows,
                     DB, DC, STAGES, OUTPUT,
                 )),
-                (_consume_second, (
-                    ring, bars, scratch, outputs, where, order, counts, params, states, rows,
+                (_consume, (
+                    1, ring, bars, scratch, outputs, where, order, counts, params, states, rows,
                     DB, DC, STAGES, OUTPUT,
                 )),
                 (_produce, (ring, bars, (a, b, c), where, order, counts, STAGES, HALVES, OUTPUT)),
@@ -361,8 +339,8 @@ def warp_scan_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume_first, (
-                    ring, bars, scratch, outputs, where, order, counts, params, states, rows,
+                (_consume, (
+                    0, ring, bars, scratch, outputs, where, order, counts, params, states, rows,
                     DB, DC, STAGES, OUTPUT,
                 )),
                 (_produce, (ring, bars, (a, b, c), where, order, counts, STAGES, HALVES, OUTPUT)),
