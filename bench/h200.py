@@ -212,20 +212,27 @@ def print_table(path: Path, lines: list[Line]) -> None:
 
 def readme_table(path: Path) -> str:
     """Times and shares of the floor of the layer-0 lines, beside the peers, as Markdown."""
-    measured = {(_name_of_row(r), r["backend"]): r for r in _rows(path) if r["status"] == "ok"}
+    measured = {(_name_of_row(r), r["backend"]): r for r in _rows(path)}
     header = ["B, H, T, D", "pass", "triton", "of the floor", *order_of_backends()[1:]]
     cells = [header, ["---"] * len(header)]
     for line in LINES:
-        ours = measured.get((line.name, "triton"))
-        if ours is None or line.layer != "0/80" or line.precision != "default":
+        ours = measured.get((line.name, "triton"), {"status": "not measured"})
+        if ours["status"] != "ok" or line.layer != "0/80" or line.precision != "default":
             continue
         peers = [measured.get((line.name, b)) for b in order_of_backends()[1:]]
         tokens = line.name.split(".")[0].split("x")[2]
         shape = f"{line.batch}, {line.heads}, {tokens}, {line.dim}"
         share = f"{ours['share_of_limit']:.0%}"
-        times = [f"{r['ms_median']:.3g} ms" if r else "-" for r in (ours, *peers)]
+        times = [_time_of(row) for row in (ours, *peers)]
         cells.append([shape, line.pass_, times[0], share, *times[1:]])
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _time_of(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    ok = row["status"] == "ok"
+    return f"{row['ms_median']:.3g} ms" if ok else row["status"].replace("_", " ")
 
 
 def _name_of_row(row: Row) -> str:
