@@ -1,0 +1,87 @@
+"""One decoding step of lightning attention, the states updated in place: launches `src/decode.cu`.
+
+Legend: B sequences, H heads, P rows of the state pool, K key dim, V value dim.
+"""
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels_cuda import module
+from kernels_cuda.lightning import ELEMENTS
+from kernels_cuda.module import Instance
+
+NUM_THREADS = 256
+
+
+class _DecodeParams(ctypes.Structure):
+    """`DecodeParams` of src/decode.cu."""
+
+    _fields_ = (
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("out", c_void_p),
+        ("log_decay", c_void_p),
+        ("state", c_void_p),
+        ("slots_32", c_void_p),
+        ("slots_64", c_void_p),
+        ("q_strides", c_int64 * 2),
+        ("k_strides", c_int64 * 2),
+        ("v_strides", c_int64 * 2),
+        ("state_strides", c_int64 * 3),
+        ("scale", c_float),
+        ("num_heads", c_int),
+    )
+
+
+@cache
+def instance_of(key_dim: int, value_dim: int, dtype: torch.dtype, vector: int) -> Instance:
+    """The kernel that loads `vector` values of a state at once (4, or 1 where it isn't aligned)."""
+    rows = NUM_THREADS * vector // value_dim
+    return Instance(
+        name="decode",
+        arguments=f"{ELEMENTS[dtype]}, {key_dim}, {value_dim}, {vector}",
+        num_threads=NUM_THREADS,
+        shared_bytes=4 * (2 * key_dim + rows * value_dim),
+    )
+
+
+def decode_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    *,
+    slots: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Output `[B, H, 1, V]`; the rows `slots` (default: the first B) of `state` are overwritten.
+
+    Args:
+        query, key, value: `[B, H, 1, D]` with a contiguous last dimension.
+        log_decay: `[H]` float32 on the same device.
+        state: `[P, H, K, V]` float32 with a contiguous last dimension.
+        slots: `[B]` int32 or int64, each row once.
+    """
+    batch, heads = query.shape[:2]
+    output = query.new_empty(batch, heads, 1, value.shape[3])
+    slots = None if slots is None else slots.contiguous()
+    by_width = {} if slots is None else {slots.dtype: slots.data_ptr()}
+    strides = state.stride()[:3]
+    params = _DecodeParams(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
+        log_decay.data_ptr(), state.data_ptr(),
+        by_width.get(torch.int32), by_width.get(torch.int64),
+        query.stride()[:2], key.stride()[:2], value.stride()[:2], strides,
+        scale, heads,
+    )  # fmt: skip
+    together = state.data_ptr() // 4 | strides[0] | strides[1] | strides[2]
+    vector = 4 if together % 4 == 0 else 1
+    instance = instance_of(key.shape[3], value.shape[3], query.dtype, vector)
+    module.kernel(instance, state.device)(batch * heads, params, state.device)
+    return output

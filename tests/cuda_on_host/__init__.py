@@ -1,0 +1,82 @@
+"""The CUDA kernels, compiled as C++ for this machine's CPU: what they compute, without a GPU.
+
+`ptx.cuh` here takes the place of the kernels' own; all else of their sources is compiled as it is.
+As a pytest plugin (`-p tests.cuda_on_host`) it lets backend "cuda" run on CPU tensors that way.
+"""
+
+import ctypes
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from kernels_cuda import module
+from kernels_cuda.module import Instance, KernelError
+
+HERE = Path(__file__).parent
+BUILDS = Path(tempfile.gettempdir()) / "attnlab_cuda_on_host"
+OPTIONS = ("-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-shared", "-pthread", "-w")
+ENTRY = """
+extern "C" void launch(const void* params, unsigned grid, unsigned threads, int eager) {
+    host::copies_are_eager = eager;
+    host::run_grid(%s, params, grid, threads);
+}
+"""
+
+
+class HostLoader:
+    """Builds kernels with g++; `capability` is that of the GPU whose table of tiles is used.
+
+    With `copies_are_eager` an asynchronous copy happens at once, else when it is waited for.
+    """
+
+    def __init__(
+        self, capability: tuple[int, int] = (9, 0), copies_are_eager: bool = False
+    ) -> None:
+        self._capability, self._copies_are_eager = capability, copies_are_eager
+
+    def why_not(self, device_type: str) -> str | None:
+        return None if device_type == "cpu" else f"runs on the CPU here, got {device_type}"
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return self._capability
+
+    def load(self, instance: Instance, device: torch.device) -> module.Kernel:
+        library = ctypes.CDLL(str(built(instance)))
+
+        def launch(grid: int, params: ctypes.Structure, device: torch.device) -> None:
+            eager = int(self._copies_are_eager)
+            library.launch(ctypes.byref(params), grid, instance.num_threads, eager)
+
+        return launch
+
+
+def built(instance: Instance, change: tuple[str, str] | None = None) -> Path:
+    """The library of an instance, from an earlier build of the same text where there is one.
+
+    `change` replaces a piece of the text, for planted defects.
+    """
+    text = instance.source(HERE) + ENTRY % instance.name
+    if change is not None:
+        if change[0] not in text:
+            raise ValueError(f"expected a piece of {instance.name}.cu, got {change[0]!r}")
+        text = text.replace(*change)
+    path = BUILDS / f"{hashlib.sha256(' '.join((text, *OPTIONS)).encode()).hexdigest()}.so"
+    if not path.exists():
+        BUILDS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILDS) as folder:
+            source, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+            source.write_text(text)
+            command = ["g++", *OPTIONS, str(source), "-o", str(library)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise KernelError(result.stderr[:4000])
+            library.replace(path)
+    return path
+
+
+def pytest_configure() -> None:
+    """Let the backend run on the CPU in this process."""
+    module.loader = HostLoader()

@@ -1,0 +1,193 @@
+// A grid of blocks of CUDA threads on a CPU: each thread is a fibre with a stack of its own.
+//
+// A fibre runs until it has to wait, then another goes on: in a warp's collective the next lane, at a
+// barrier of the block the next thread. So warps run as far apart as barriers let them, which shows
+// where one is missing. Blocks are dealt out to as many system threads as there are cores.
+#pragma once
+
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ thread_local
+#define __align__(n) __attribute__((aligned(n)))
+
+struct uint3 { unsigned x, y, z; };
+struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
+using std::max;
+using std::min;
+
+inline thread_local uint3 threadIdx, blockIdx;
+constexpr int MAX_SHARED_BYTES = 227 << 10;
+alignas(1024) inline thread_local unsigned char shared_bytes[MAX_SHARED_BYTES];
+
+namespace host {
+
+inline bool copies_are_eager = false;
+
+struct Gate {  // opens when all members have come, and is then shut again
+    unsigned arrived = 0, times_open = 0;
+};
+
+struct Fibre {
+    ucontext_t start;
+    jmp_buf here;
+    bool started, done;
+    std::vector<std::function<void()>> open_copies;
+    std::deque<std::vector<std::function<void()>>> groups;
+};
+
+struct Warp {
+    Gate gate;
+    void* offered[32];  // what each lane brings to a collective
+    const void* kind;   // of the collective
+};
+
+struct Block {
+    std::vector<Fibre> fibres;
+    std::vector<Warp> warps;
+    std::vector<std::unique_ptr<char[]>> stacks;
+    Gate gate;
+    unsigned current = 0, num_done = 0;
+    unsigned long waits = 0;  // since something last happened
+    jmp_buf finished;
+    std::function<void()> body;
+};
+
+inline thread_local Block* block;
+inline Fibre& current() { return block->fibres[block->current]; }
+
+[[noreturn]] inline void fail(const char* what) {
+    std::fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
+    std::abort();
+}
+
+[[noreturn]] inline void resume(unsigned next) {
+    Fibre& fibre = block->fibres[next];
+    block->current = next;
+    threadIdx.x = next;
+    if (fibre.started) _longjmp(fibre.here, 1);
+    fibre.started = true;
+    setcontext(&fibre.start);
+    std::abort();
+}
+
+inline void pass_on_to(unsigned next) {
+    while (block->fibres[next].done) next = (next + 1) % block->fibres.size();
+    if (++block->waits > 1000 * block->fibres.size()) fail("all threads wait");
+    if (_setjmp(current().here) == 0) resume(next);
+}
+
+inline void pass_on() { pass_on_to((block->current + 1) % block->fibres.size()); }
+
+inline void open(Gate& gate) {
+    gate.arrived = 0;
+    ++gate.times_open;
+    block->waits = 0;
+}
+
+inline void meet(Gate& gate, unsigned members) {
+    const unsigned times = gate.times_open;
+    if (++gate.arrived == members) return open(gate);
+    while (gate.times_open == times) pass_on();
+}
+
+// Let `work` see what all lanes of the warp offer, once all are there.
+template <class Offer, class Work>
+void together(Offer& own, Work work) {
+    static const char kind = 0;
+    Warp& warp = block->warps[threadIdx.x / 32];
+    const unsigned lane = threadIdx.x % 32, times = warp.gate.times_open;
+    if (warp.gate.arrived > 0 && warp.kind != &kind) fail("lanes of a warp do different things");
+    warp.kind = &kind;
+    warp.offered[lane] = &own;
+    if (++warp.gate.arrived < 32) {
+        while (warp.gate.times_open == times) pass_on_to(threadIdx.x / 32 * 32 + (lane + 1) % 32);
+        return;
+    }
+    Offer* lanes[32];
+    for (int l = 0; l < 32; ++l) lanes[l] = (Offer*)warp.offered[l];
+    work(lanes);
+    open(warp.gate);
+}
+
+inline void run_fibre() {
+    block->body();
+    Fibre& fibre = current();
+    fibre.done = true;
+    if (!fibre.open_copies.empty()) fail("copies without a group at the end");
+    if (++block->num_done == block->fibres.size()) _longjmp(block->finished, 1);
+    unsigned next = block->current;
+    while (block->fibres[next].done) next = (next + 1) % block->fibres.size();
+    resume(next);
+}
+
+inline void run_block(unsigned index) {
+    constexpr size_t STACK_BYTES = 128 << 10;
+    blockIdx = {index, 0, 0};
+    std::memset(shared_bytes, 0xff, sizeof shared_bytes);  // not numbers
+    block->gate = {};
+    block->num_done = 0;
+    block->waits = 0;
+    std::fill(block->warps.begin(), block->warps.end(), Warp{});
+    for (size_t n = 0; n < block->fibres.size(); ++n) {
+        Fibre& fibre = block->fibres[n];
+        fibre.started = fibre.done = false;
+        fibre.groups.clear();
+        if (block->stacks.size() <= n) block->stacks.emplace_back(new char[STACK_BYTES]);
+        getcontext(&fibre.start);
+        fibre.start.uc_stack.ss_sp = block->stacks[n].get();
+        fibre.start.uc_stack.ss_size = STACK_BYTES;
+        makecontext(&fibre.start, run_fibre, 0);
+    }
+    if (_setjmp(block->finished) == 0) resume(0);
+}
+
+template <class Params>
+void run_grid(void (*kernel)(Params), const void* params, unsigned grid, unsigned threads) {
+    std::atomic<unsigned> next{0};
+    auto work = [&] {
+        Block own;
+        own.fibres.resize(threads);
+        own.warps.resize(threads / 32);
+        own.body = [&] { kernel(*(const Params*)params); };
+        block = &own;
+        for (unsigned n; (n = next++) < grid;) run_block(n);
+    };
+    std::vector<std::thread> workers;
+    for (unsigned n = 0; n < std::min(grid, std::thread::hardware_concurrency()); ++n)
+        workers.emplace_back(work);
+    for (auto& worker : workers) worker.join();
+}
+
+}  // namespace host
+
+inline void __syncthreads() { host::meet(host::block->gate, host::block->fibres.size()); }
+
+inline void __syncwarp() {
+    int nothing = 0;
+    host::together(nothing, [](int* const (&)[32]) {});
+}
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    struct Lane { float value, result; int mask; } own = {value, 0.0f, mask};
+    host::together(own, [](Lane* const (&lanes)[32]) {
+        for (int l = 0; l < 32; ++l) lanes[l]->result = lanes[l ^ lanes[l]->mask]->value;
+    });
+    return own.result;
+}
