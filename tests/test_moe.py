@@ -11,6 +11,7 @@ from attnlab.model import HybridConfig
 from attnlab.model import moe as moe_module
 from attnlab.model.grouped import grouped_linear
 from attnlab.model.moe import MixtureOfExperts, RouterLoad, balancing_loss, sort_by_expert
+from attnlab.model.slots import from_slots
 
 FLOAT64 = 1e-12
 """Of the largest value: two products and a weighted sum of up to 100 terms in float64 (1e-16)."""
@@ -172,8 +173,8 @@ def test_a_bf16_sum_over_experts_is_rounded_once():
     rows = own.bfloat16().flatten(0, 1)
     weights[:, :4] = 1.0
     expected = (weights.double()[..., None] * rows.double().view(64, 5, 24)).sum(1)
-    order = torch.arange(64 * 5)
-    actual = moe_module._weighted_sum(rows, order, weights).double()
+    slots = torch.arange(64 * 5).view(64, 5)
+    actual = from_slots(rows, slots, weights).double()
     # One rounding of the result: 2^-9 of it, and float32's of the terms, which are below 16.
     assert ((actual - expected).abs() <= 2**-8 * expected.abs() + 16 * 2**-22).all()
 

@@ -42,7 +42,7 @@ def run_python(*arguments, interpret):
 
 @pytest.mark.skipif(CAN_RUN, reason="the kernels run in this process")
 def test_everything_here_passes_interpreted():
-    files = "tests/test_backends.py", "tests/test_triton.py"
+    files = "tests/test_backends.py", "tests/test_triton.py", "tests/test_slots.py"
     result = run_python("-m", "pytest", "-q", "-x", "-k", "triton", *files, interpret=True)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout
@@ -153,6 +153,18 @@ def test_high_precision_leaves_the_rounding_of_the_results(dtype, device):
             continue
         rounding = testing.accuracy(wide.to(dtype), wide, wide + actual[name].double().std() / 100)
         assert high[name].rms < 1.01 * rounding.rms < 0.9 * default[name].rms
+
+
+@runs_kernels
+def test_heads_of_interleaved_projections_come_out_as_they_went_in(device):
+    """The output's heads lie side by side, so that flattening them copies nothing."""
+    qkv = torch.randn(2, 70, 3, 3, 64, device=device).bfloat16()  # [B, T, H, 3, K]
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(3))
+    g = torch.linspace(-0.5, -0.1, 3)
+    output = attnlab.lightning_attention(q, k, v, g, backend="triton").output
+    assert output.transpose(1, 2).is_contiguous()
+    packed = (x.contiguous() for x in (q, k, v))
+    assert torch.equal(output, attnlab.lightning_attention(*packed, g, backend="triton").output)
 
 
 @runs_kernels
@@ -436,7 +448,7 @@ def compile_tables(capability):
     import triton
     from triton.runtime.jit import JITFunction
 
-    from kernels_triton import lightning, lightning_decode, tiles
+    from kernels_triton import experts, lightning, lightning_decode, tiles
     from kernels_triton.lightning import launch
 
     triton.runtime.driver.set_active(CompilingDriver(capability))
@@ -463,6 +475,10 @@ def compile_tables(capability):
         lightning.backward(q, k, v, g, schedule, do, state, grad_initial_state=state, **flags)
         step = [x[:, :, :1] for x in (q, k, v)]
         lightning_decode.decode_(*step, g, state, slots=units[:1, 0])
+        rows, slots, weights = q[0, 0], torch.zeros(num_tokens // 2, 2, dtype=torch.int64), k.float()
+        experts.gated_silu_backward(experts.gated_silu(rows), rows)
+        summed = experts.weighted_sum(rows, slots, None), experts.weighted_sum(rows, slots, weights)
+        experts.weighted_sum_backward(summed[1], rows, slots, weights)
         return list(kernels)
 
     compile_all(table, compiled)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnlab.model.config import HybridConfig
 from attnlab.model.grouped import grouped_linear
+from attnlab.model.slots import from_slots, gated_silu, to_slots
 
 _TOKENS_AT_ONCE = 65_536  # without gradients: bounds the slots' memory in a long prefill
 
@@ -62,8 +63,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """`[S, D]` from rows sorted by expert; `offsets` `[E]` int32 are the ends of their runs."""
-        gate, up = grouped_linear(x, self.gate_up_proj, offsets).chunk(2, -1)  # [S, F] each
-        return grouped_linear(F.silu(gate) * up, self.down_proj, offsets)
+        gated = gated_silu(grouped_linear(x, self.gate_up_proj, offsets))  # [S, F]
+        return grouped_linear(gated, self.down_proj, offsets)
 
 
 class MixtureOfExperts(nn.Module):
@@ -109,8 +110,11 @@ class MixtureOfExperts(nn.Module):
             if self.capacity_factor is not None:
                 kept = self._kept(order, offsets, counts, self.capacity_factor)
                 weights = weights * kept.view_as(weights)
-        rows = self.experts(x[order // self.num_chosen], offsets)  # [S, D]
-        return _weighted_sum(rows, order, weights.to(rows.dtype)), load
+        slots = torch.empty_like(order)
+        slots[order] = torch.arange(order.shape[0], device=order.device)
+        slots = slots.view(weights.shape)  # [N, k], where each token's rows lie
+        rows = self.experts(to_slots(x, order, slots), offsets)  # [S, D]
+        return from_slots(rows, slots, weights), load
 
     def _kept(self, order: Tensor, offsets: Tensor, counts: Tensor, factor: float) -> Tensor:
         """Which of the `[S]` slots, in the order of the tokens, their experts have room for.
@@ -159,11 +163,3 @@ def _multiplies_into_float32(x: Tensor, weight: Tensor) -> bool:
     """
     half = x.is_cuda and x.dtype == weight.dtype and x.dtype.itemsize == 2
     return half and not torch.is_grad_enabled()
-
-
-def _weighted_sum(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """`[N, D]`: each token's k rows `[S, D]`, weighted; the sums run in float32."""
-    slots = torch.empty_like(order)
-    slots[order] = torch.arange(order.shape[0], device=order.device)  # where each slot's row lies
-    own = rows[slots].unflatten(0, weights.shape)  # [N, k, D]
-    return torch.bmm(weights[:, None], own)[:, 0]

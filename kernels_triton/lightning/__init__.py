@@ -41,7 +41,7 @@ def forward(
 ) -> Tensor:
     """Output `[B, H, T, V]`; the states after the last tokens go to `final_state`, if given."""
     tile = tile_of(key.shape[3], value.shape[3], key.dtype, key.device, precision)
-    output = query.new_empty(*query.shape[:3], value.shape[3])
+    output = empty_output(query, value)
     scan = Scan(query, key, value, output)
     flags = {"scale": scale, "precision": precision}
     workspace = entering_states(scan, log_decay, schedule, tile, initial_state, back=False, **flags)
@@ -49,6 +49,17 @@ def forward(
     units = schedule.units, schedule.heads_per_row
     launch_scans([scan], *units, log_decay, tile, forward_states=states, final=final_state, **flags)
     return output
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """`[B, H, T, V]`, tokens before heads in memory where the queries have them so.
+
+    A model that splits `[B, T, H K]` into heads can put them together again without a copy.
+    """
+    batch, heads, num_tokens, _ = query.shape
+    if query.stride(2) > query.stride(1):
+        return query.new_empty(batch, num_tokens, heads, value.shape[3]).transpose(1, 2)
+    return query.new_empty(batch, heads, num_tokens, value.shape[3])
 
 
 def scans_of_backward(key_dim: int, value_dim: int) -> int:

@@ -171,7 +171,8 @@ def launch_scans(
     operands = [x for scan in scans for x in _operands(scan, tile, block_b, width, tma)]
     operands += [None] * (15 - len(operands))
     states = *forward_states, *back_states, final
-    arguments = *operands, units, log_decay, *states, scale, heads_per_row, *out.shape[1:3]
+    rows = [stride // out.shape[3] for stride in out.stride()[:3]]
+    arguments = *operands, units, log_decay, *states, scale, heads_per_row, *rows
     constants = {
         "NUM_SCANS": num_scans, "FIRST_BACK": num_scans - num_back, "NUM_KEY_SCANS": num_key,
         "FIRST_KEPT": first_kept, "DB": b.shape[3], "DC": c.shape[3], "BB": block_b,

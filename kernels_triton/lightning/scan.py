@@ -44,7 +44,7 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _dot(x, y, acc, PRECISION: tl.constexpr):
+def dot(x, y, acc, PRECISION: tl.constexpr):
     """x y + acc in float32; the interpreter's own products of 16-bit operands are wrong."""
     if INTERPRETED:
         x, y = x.to(tl.float32), y.to(tl.float32)
@@ -57,8 +57,8 @@ def _dot_wide_left(x, y, acc, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     high = round_to(x, y.dtype)
     if SPLIT:
         low = round_to(x - high.to(tl.float32), y.dtype)
-        acc = _dot(low, y, acc, PRECISION)
-    return _dot(high, y, acc, PRECISION)
+        acc = dot(low, y, acc, PRECISION)
+    return dot(high, y, acc, PRECISION)
 
 
 @triton.jit
@@ -67,8 +67,8 @@ def _dot_wide_right(x, y, acc, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     high = round_to(y, x.dtype)
     if SPLIT:
         low = round_to(y - high.to(tl.float32), x.dtype)
-        acc = _dot(x, low, acc, PRECISION)
-    return _dot(x, high, acc, PRECISION)
+        acc = dot(x, low, acc, PRECISION)
+    return dot(x, high, acc, PRECISION)
 
 
 @triton.jit
@@ -101,18 +101,18 @@ def _load(
 
 @triton.jit
 def _store(
-    x, p_x, b_x, i_b, i_h, i_t, i_d, num_rows, H, T,
+    x, p_x, b_x, i_b, i_h, i_t, i_d, num_rows, r_b, r_h, r_t,
     ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
     TMA: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Round and store a float32 tile to a contiguous `[B, H, T, D]`; a whole one through TMA."""
+    """Round and store a float32 tile, a whole one through TMA; strides count rows of D columns."""
     b_x = round_to(b_x, p_x.dtype.element_ty)
     if TMA and WHOLE:
         x.store([i_b, i_h, i_t, i_d], b_x.reshape(1, 1, ROWS, COLS))
     else:
         o_r = tl.arange(0, ROWS)
         o_d = i_d + tl.arange(0, COLS)
-        o_t = (i_b * H + i_h).to(tl.int64) * T + i_t + o_r
+        o_t = i_b.to(tl.int64) * r_b + i_h * r_h + (i_t + o_r) * r_t
         m_x = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
         tl.store(p_x + o_t[:, None] * D + o_d[None, :], b_x, mask=m_x)
 
@@ -124,7 +124,7 @@ def _read(
     """Outputs of a chunk `[BC, C]`: past the chunk's edge from the state, inside it from scores."""
     zeros = tl.zeros([b_b.shape[0], b_a.shape[0]], tl.float32)
     # [C, BB] @ [BB, C] -> [C, C], a row for each written token, a column for each reading one
-    b_p = _dot(b_b, tl.trans(b_a), zeros, PRECISION) * b_mask
+    b_p = dot(b_b, tl.trans(b_a), zeros, PRECISION) * b_mask
     zeros = tl.zeros([b_s.shape[0], b_a.shape[0]], tl.float32)
     # [BC, BB] @ [BB, C] -> [BC, C]
     b_o = _dot_wide_left(b_s, tl.trans(b_a), zeros, PRECISION, SPLIT) * w_read[None, :]
@@ -164,13 +164,13 @@ def _load_state(p_states, row, SIZE: tl.constexpr, o_c, o_b, m_state):
     return b_s
 
 
-@triton.jit(do_not_specialize=["heads_per_row", "H", "T"])
+@triton.jit(do_not_specialize=["heads_per_row", "r_b", "r_h", "r_t"])
 def scan_kernel(
     a_0, b_0, c_0, out_0, p_out_0,
     a_1, b_1, c_1, out_1, p_out_1,
     a_2, b_2, c_2, out_2, p_out_2,
     p_units, p_log_decay, p_initial, p_workspace, p_initial_back, p_workspace_back, p_final,
-    scale, heads_per_row, H, T,
+    scale, heads_per_row, r_b, r_h, r_t,
     NUM_SCANS: tl.constexpr, FIRST_BACK: tl.constexpr, NUM_KEY_SCANS: tl.constexpr,
     FIRST_KEPT: tl.constexpr,
     DB: tl.constexpr, DC: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
@@ -238,7 +238,8 @@ def scan_kernel(
         if OUTPUT:
             b_a = _load(a, i_b, i_h, i_t, 0, C, C, BB, DB, TMA, True)
             b_o = _read(b_s, b_a, b_b, b_c, b_mask, w_read, PRECISION, SPLIT)
-            _store(out, p_out, tl.trans(b_o), i_b, i_h, i_t, i_c, C, H, T, C, BC, DC, TMA, True)
+            b_o = tl.trans(b_o)
+            _store(out, p_out, b_o, i_b, i_h, i_t, i_c, C, r_b, r_h, r_t, C, BC, DC, TMA, True)
         b_s = _write(b_s, b_b, b_c, w_write, decay, 1.0, PRECISION, SPLIT, APART)
 
     rest = num_tokens % C
@@ -255,7 +256,8 @@ def scan_kernel(
         if OUTPUT:
             b_a = _load(a, i_b, i_h, i_t, 0, rest, C, BB, DB, TMA, False)
             b_o = _read(b_s, b_a, b_b, b_c, b_mask, w_read, PRECISION, SPLIT)
-            _store(out, p_out, tl.trans(b_o), i_b, i_h, i_t, i_c, rest, H, T, C, BC, DC, TMA, False)
+            b_o = tl.trans(b_o)
+            _store(out, p_out, b_o, i_b, i_h, i_t, i_c, rest, r_b, r_h, r_t, C, BC, DC, TMA, False)
         decay = tl.exp(g * rest)
         b_s = _write(b_s, b_b, b_c, w_write, decay, factor, PRECISION, SPLIT, True)
 

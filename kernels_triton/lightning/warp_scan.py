@@ -127,7 +127,7 @@ def _consume(
     i_c += HALF * BC
     first, step, i_rest = order
     num_warm, num_whole, rest = counts
-    g, scale, back, s_b, s_c, H, T = params
+    g, scale, back, s_b, s_c, r_b, r_h, r_t = params
     p_initial, p_workspace, p_initial_back, p_workspace_back, p_final = states
     r_initial, r_workspace, r_final = rows
     C: gl.constexpr = b_ring.shape[1]
@@ -234,7 +234,8 @@ def _consume(
             fence_async_shared()
             b_o = warpgroup_mma(b_c.permute((1, 0)), b_ps, b_o * w_read[None, :])
             o_o = i_c + gl.arange(0, BC, gl.SliceLayout(1, L_O))[:, None]
-            p_o = p_out + ((i_b * H + i_h).to(gl.int64) * T + i_rest + o_r)[None, :] * DC + o_o
+            o_row = i_b.to(gl.int64) * r_b + i_h * r_h + (i_rest + o_r) * r_t
+            p_o = p_out + o_row[None, :] * DC + o_o
             gl.store(p_o, b_o.to(DTYPE), mask=(o_r < rest)[None, :] & (o_o < DC))
         # A factor of all weights is applied after the product: a single token isn't rounded then.
         until = gl.maximum(gl.where(back, o_w, rest - 1 - o_w), 0)
@@ -253,13 +254,13 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads_per_row", "H", "T"])
+@gluon.jit(do_not_specialize=["heads_per_row", "r_b", "r_h", "r_t"])
 def warp_scan_kernel(
     a_0, b_0, c_0, out_0, p_out_0,
     a_1, b_1, c_1, out_1, p_out_1,
     a_2, b_2, c_2, out_2, p_out_2,
     p_units, p_log_decay, p_initial, p_workspace, p_initial_back, p_workspace_back, p_final,
-    scale, heads_per_row, H, T,
+    scale, heads_per_row, r_b, r_h, r_t,
     NUM_SCANS: gl.constexpr, FIRST_BACK: gl.constexpr, NUM_KEY_SCANS: gl.constexpr,
     FIRST_KEPT: gl.constexpr,
     DB: gl.constexpr, DC: gl.constexpr, BB: gl.constexpr, HALVES: gl.constexpr, C: gl.constexpr,
@@ -316,7 +317,7 @@ def warp_scan_kernel(
     ring, bars = (a_ring, b_ring, c_ring_0, c_ring_1), (full, empty)
     scratch, outputs = (b_p0, b_p1, b_o0, b_o1), (out, p_out)
     where, order, counts = (i_b, i_h, i_c), (first, step, i_rest), (num_warm, num_whole, rest)
-    params = (gl.load(p_log_decay + i_h), scale, back, s_b, s_c, H, T)
+    params = (gl.load(p_log_decay + i_h), scale, back, s_b, s_c, r_b, r_h, r_t)
     states = (p_initial, p_workspace, p_initial_back, p_workspace_back, p_final)
     rows = (r_initial, r_workspace, r_final)
     # Constants stay such only where the arguments stand in the call.
