@@ -75,7 +75,7 @@ def _fake_attend(
     precision: str,
     may_read: bool,
 ) -> tuple[Tensor, Tensor]:
-    output = query.new_empty(*query.shape[:3], value.shape[3])
+    output = lightning.empty_output(query, value)
     return output, _empty_state(key, value, cu_seqlens, return_final_state)
 
 
