@@ -91,6 +91,8 @@ def _prefill(point: Point, source: Source, device: str) -> Call:
     notes: Row = {}
 
     def compute() -> Results:
+        if point.q_len <= CHUNK:  # what a first pass prepares would count as part of its layers
+            Ours(model).prefill(ids, 1)
         cache = model.new_cache(point.batch, point.q_len + NEW_TOKENS)
         *earlier, last = chunks(point.q_len, CHUNK)
         with PartTimer(model, device) as parts:
