@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from attnlab.model import HybridConfig
+from attnlab.model.moe import MixtureOfExperts
 from attnlab.model.slots import from_slots, gated_silu, to_slots
 
 CAN_RUN = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
@@ -94,6 +96,30 @@ def test_triton_kernels_are_rounded_once(dtype, width, device):
     as_exact(grad_weights, wanted[1], torch.float32, terms=width)
 
 
+@runs_kernels
+@pytest.mark.parametrize("sizes", [(8, 8), (48, 30), (1040, 528)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_triton_experts_of_few_tokens_are_rounded_once(dtype, sizes, device):
+    from kernels_triton import experts
+
+    hidden, width = sizes
+    x = random(N, hidden, dtype=dtype, device=device)
+    chosen = torch.tensor([[0, 3], [3, 1], [2, 0], [1, 3], [0, 1]], device=device)
+    weights = random(N, 2, dtype=torch.float32, device=device, seed=1)
+    gate_up = random(4, 2 * width, hidden, dtype=dtype, device=device, seed=2) / hidden**0.5
+    down = random(4, hidden, width, dtype=dtype, device=device, seed=3)
+    actual = experts.few_experts(x, chosen, weights, gate_up, down)
+    expected = []
+    for n in range(N):
+        rows = []
+        for j, e in enumerate(chosen[n].tolist()):
+            gate, up = (gate_up[e].double() @ x[n].double()).chunk(2)
+            gated = (F.silu(gate) * up).to(dtype).double()  # it goes through memory
+            rows.append(weights[n, j].double() * (down[e].double() @ gated))
+        expected.append(sum(rows))
+    as_exact(actual, torch.stack(expected), dtype, terms=width)
+
+
 @pytest.mark.gpu
 def test_ops_on_a_gpu_have_the_gradients_of_the_cpu():
     if not torch.cuda.is_available():
@@ -108,3 +134,20 @@ def test_ops_on_a_gpu_have_the_gradients_of_the_cpu():
         results.append([output, *grads])
     for exact, actual in zip(*results, strict=True):
         as_exact(actual.cpu(), exact, torch.float32, terms=128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 16, 17])
+def test_few_tokens_on_a_gpu_get_what_many_get(num_tokens):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(HybridConfig.tiny(), device="cuda", dtype=torch.bfloat16).eval()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, 0.0, weight.shape[-1] ** -0.5)
+    hidden = torch.randn(1, 64, weight.shape[1], device="cuda").bfloat16()
+    with torch.no_grad():
+        alone = layer(hidden[:, :num_tokens])[0]
+        together = layer(hidden)[0][:, :num_tokens]
+    # Two roundings more: of each expert's row, and of what it is the product of.
+    assert (alone - together).float().norm() < 2**-7 * together.float().norm()

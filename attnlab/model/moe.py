@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnlab.model.config import HybridConfig
 from attnlab.model.grouped import grouped_linear
-from attnlab.model.slots import from_slots, gated_silu, to_slots
+from attnlab.model.slots import few_experts, from_slots, gated_silu, to_slots
 
 _TOKENS_AT_ONCE = 65_536  # without gradients: bounds the slots' memory in a long prefill
 
@@ -102,6 +102,11 @@ class MixtureOfExperts(nn.Module):
         logits = self.gate(x)
         best, experts = logits.topk(self.num_chosen, dim=-1)
         weights = best.softmax(-1)  # that over all experts, divided by the sum of the chosen ones
+        if not self.training:
+            matrices = self.experts.gate_up_proj, self.experts.down_proj
+            output = few_experts(x, experts, weights, *matrices)
+            if output is not None:
+                return output, None
         order, offsets = sort_by_expert(experts, self.num_experts)
         load = None
         if self.training:

@@ -15,6 +15,7 @@ from torch import Tensor
 from attnlab.custom_op import CustomOp
 
 _HAS_TRITON = find_spec("triton") is not None
+_FEW_SLOTS = 32  # above, slots share experts: their weights are read once for all in sorted order
 
 
 def to_slots(x: Tensor, order: Tensor, slots: Tensor) -> Tensor:
@@ -31,6 +32,19 @@ def from_slots(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     `slots` `[N, k]` says where they lie. Differentiable in rows and in weights `[N, k]`.
     """
     return _from_slots(rows, slots, weights)
+
+
+def few_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor | None:
+    """`[N, D]`: experts `[N, k]` of few tokens, weighted, without sorting; None where there are many.
+
+    None, too, where a gradient is wanted or there is no such kernel. `gate_up` is `[E, 2F, D]` and
+    `down` `[E, D, F]`.
+    """
+    if not _fused(x) or experts.numel() > _FEW_SLOTS or torch.is_grad_enabled():
+        return None
+    return _few_experts(x, experts, weights, gate_up, down)
 
 
 def gated_silu(x: Tensor) -> Tensor:
@@ -133,6 +147,19 @@ _from_slots = CustomOp(
     setup_context=_save_all,
     backward=_backward_of_weighted_sum,
 )
+
+
+def _run_few(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    from kernels_triton import experts as kernels
+
+    return kernels.few_experts(x.contiguous(), experts, weights.float(), gate_up, down)
+
+
+def _fake_few(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_few_experts = CustomOp("few_experts", _run_few, _fake_few)
 
 
 def _gate(x: Tensor) -> Tensor:
