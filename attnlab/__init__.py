@@ -11,6 +11,7 @@ from attnlab.functional import (
     softmax_attention,
     softmax_attention_varlen,
     softmax_attention_with_lse,
+    softmax_decode,
 )
 from attnlab.problem import Problem
 from attnlab.registry import BackendUnavailable, list_backends, use_backend, why_not
@@ -29,6 +30,7 @@ __all__ = [
     "softmax_attention",
     "softmax_attention_varlen",
     "softmax_attention_with_lse",
+    "softmax_decode",
     "use_backend",
     "why_not",
 ]

@@ -40,6 +40,12 @@ def _triton() -> ModuleType:
     return triton_backend
 
 
+def _triton_softmax() -> ModuleType:
+    from attnlab import triton_softmax
+
+    return triton_softmax
+
+
 def _sdpa() -> ModuleType:
     from attnlab import sdpa
 
@@ -172,6 +178,9 @@ for _op in ("lightning_decode_", "lightning_state"):
 for _op in SOFTMAX:
     _register(_op, "sdpa", _sdpa, _sdpa_needs, kernel="sdpa")
     _register(_op, "reference", _reference, _nothing)
+_register("softmax_decode", "triton", _triton_softmax, _triton_needs)
+_register("softmax_decode", "sdpa", _sdpa, _nothing)
+_register("softmax_decode", "reference", _reference, _nothing)
 _register("softmax_attention", "flash", _sdpa, _flash_needs, kernel="flash")
 _register("softmax_attention_with_lse", "flash", _sdpa, _flash_needs, kernel="flash")
 _register("softmax_attention_varlen", "flash", _sdpa, _flash_needs, name="flash_varlen")

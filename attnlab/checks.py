@@ -181,6 +181,21 @@ def check_slots(slots: Tensor | None, batch: int, device: torch.device) -> None:
         raise mismatch(expected, _described(slots))
 
 
+def check_lengths(lengths: Tensor, batch: int, device: torch.device) -> None:
+    """Lengths are `[B]` integers on the inputs' device."""
+    if lengths.shape != (batch,) or lengths.dtype not in _INTEGERS or lengths.device != device:
+        expected = f"lengths of shape [{batch}] in int32 or int64 on {device}"
+        raise mismatch(expected, _described(lengths))
+
+
+def check_length_values(lengths: Tensor, span: int) -> None:
+    """Lengths on the CPU lie within the slots that are looked at; a device is not waited for."""
+    if lengths.is_cpu and lengths.numel():
+        low, high = (int(x) for x in lengths.aminmax())
+        if low < 0 or high > span:
+            raise mismatch(f"lengths in [0, {span}]", f"{low} to {high}")
+
+
 def check_slot_values(slots: Tensor | None, num_slots: int) -> None:
     """Slots are rows of the state pool, none twice (two sequences would share a state)."""
     if slots is not None:

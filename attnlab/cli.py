@@ -28,7 +28,7 @@ def typical_problem(op: str, device: str) -> Problem:
         batch=1,
         heads=16,
         kv_heads=16,
-        q_len=1 if op == "lightning_decode_" else 4096,
+        q_len=1 if "decode" in op else 4096,
         kv_len=1 if op == "lightning_decode_" else 4096,
         key_dim=128,
         value_dim=128,

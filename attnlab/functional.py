@@ -1,11 +1,11 @@
 """The public ops: each checks its arguments, resolves the backend and calls it.
 
-Legend: B batch, H heads, T query tokens, S key tokens, K key dim, V value dim, N documents. One
-layout everywhere, `[B, H, T, D]`, any strides with a contiguous last dimension; states are
-`[B, H, K, V]` float32. `backend=` names a backend or, as None, takes the one of `use_backend`, else
+Legend: B batch, H heads, T query tokens, S key tokens, C slots of a cache, K key dim, V value dim,
+N documents. One layout everywhere, `[B, H, T, D]`, any strides with a contiguous last dimension;
+states are `[B, H, K, V]` float32. `backend=` names a backend or, as None, takes the one of `use_backend`, else
 the first that can run the call; see `attnlab.registry`.
 
-All ops but `lightning_decode_` are differentiable in query, key, value and initial_state (and
+All ops but the two decoding steps are differentiable in query, key, value and initial_state (and
 through the final state); log_decay has a gradient in the "reference" and "torch" backends.
 """
 
@@ -272,6 +272,49 @@ def softmax_attention_varlen(
         is_causal=is_causal,
         scale=scale,
     )
+
+
+def softmax_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    span: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention `[B, H, 1, V]` of one token a sequence over a cache of keys and values.
+
+    Row b sees slots [0, lengths[b]); a row without any gives 0. A call never waits for the device,
+    so it can be captured in a CUDA graph and replayed while lengths grow. Not differentiable.
+
+    Args:
+        query: `[B, H, 1, K]`.
+        keys, values: `[B, a divisor of H, C, K or V]`; groups of query heads share a key head. What
+            lies behind a row's length is of no account, but must be finite for "sdpa".
+        lengths: `[B]` int32 or int64 on the same device.
+        scale: of the scores; None is K ** -0.5.
+        span: a promise that no length is greater; "sdpa" and "reference" look at no slots beyond.
+        backend: "triton", "sdpa" or "reference".
+
+    Raises:
+        ValueError: as in `lightning_attention`; lengths are compared with `span` on the CPU alone.
+        BackendUnavailable: as in `lightning_attention`.
+    """
+    problem = _check_softmax("softmax_decode", query, keys, values, None, False, True)
+    checks.expect(query.shape[2] == 1, "one query token a sequence", query.shape[2])
+    checks.check_lengths(lengths, query.shape[0], query.device)
+    capacity = keys.shape[2]
+    if span is not None and not 0 <= span <= capacity:
+        raise checks.mismatch(f"a span in [0, {capacity}]", span)
+    if _values_can_be_read(lengths):
+        checks.check_length_values(lengths, capacity if span is None else span)
+    if problem.batch * problem.heads * capacity == 0:
+        return query.new_zeros(*query.shape[:3], values.shape[3])
+    implementation = resolve("softmax_decode", backend, problem)
+    with torch.no_grad():
+        return implementation(query, keys, values, lengths, scale=scale, span=span)
 
 
 def _check_lightning(

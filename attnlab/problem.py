@@ -20,7 +20,8 @@ class Problem:
 
     Lengths are in tokens, `device` is a device type ("cpu", "cuda"). `num_documents` is the number
     of packed sequences of a varlen call; their lengths aren't known here, so `flops` counts a
-    softmax varlen call as one sequence.
+    softmax varlen call as one sequence. `kv_len` of `softmax_decode` is the cache's slots, all of
+    which `flops` and `min_bytes` count: how many are in use is known on the device.
     """
 
     op: str

@@ -1,6 +1,7 @@
 """The definition of every op: the oracle of all tests, in any precision, float64 included.
 
-Legend: B batch, H heads, T query tokens, S key tokens, K key dim, V value dim, N documents.
+Legend: B batch, H heads, T query tokens, S key tokens, C slots of a cache, K key dim, V value dim,
+N documents.
 
 Lightning attention (arXiv 2501.08313, section 2.2) is a linear recurrence with one decay a head:
     S_t = exp(g) S_{t-1} + k_t v_t^T          o_t = scale * q_t^T S_t
@@ -176,6 +177,23 @@ def softmax_attention_with_lse(
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, **flags: Any) -> Tensor:
     """Output of `softmax_attention_with_lse` alone."""
     return softmax_attention_with_lse(query, key, value, **flags)[0]
+
+
+def softmax_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    span: int | None = None,
+) -> Tensor:
+    """One query a row over slots [0, lengths[b]) of a cache, `[B, H, 1, V]`; 0 without any."""
+    keys, values = keys[:, :, :span], values[:, :, :span]
+    seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None]  # [B, C]
+    # A weight of 0 does not undo what may lie behind a row's end: 0 x NaN is NaN.
+    values = values.masked_fill(~seen[:, None, :, None], 0.0)
+    return softmax_attention(query, keys, values, attn_mask=seen[:, None, None], scale=scale)
 
 
 def softmax_attention_varlen(

@@ -101,6 +101,26 @@ def softmax_attention_varlen(
     return _parts(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, kernel)[0]
 
 
+def softmax_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    span: int | None = None,
+) -> Tensor:
+    """Output `[B, H, 1, V]`: the heads of a group are rows of one product, a mask ends each row.
+
+    What lies behind the ends must be finite: it is multiplied by weights of 0.
+    """
+    keys, values = keys[:, :, :span], values[:, :, :span]
+    seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None]  # [B, C]
+    grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])  # [B, G, H/G, K]
+    output = softmax_attention(grouped, keys, values, attn_mask=seen[:, None, None], scale=scale)
+    return output.reshape(*query.shape[:3], values.shape[3])
+
+
 def flash_varlen(
     query: Tensor,
     key: Tensor,

@@ -1,1 +1,1 @@
-"""Triton kernels of lightning attention; they know nothing of the package that registers them."""
+"""Triton kernels of attention and its decoding steps; they know nothing of what registers them."""

@@ -27,6 +27,8 @@ MODULES = {
     },
     ("lightning_attention", "torch"): "attnlab.chunked",
     ("lightning_attention_varlen", "torch"): "attnlab.chunked",
+    ("softmax_decode", "triton"): "attnlab.triton_softmax",
+    ("softmax_decode", "sdpa"): "attnlab.sdpa",
     **{(op, "fla"): "attnlab.fla" for op in ("lightning_attention", "lightning_attention_varlen")},
     **{
         (op, backend): "attnlab.sdpa"
@@ -81,6 +83,17 @@ SOFTMAX_CASES = pairwise(
     heads=[(1, 1), (3, 3), (6, 2)],
     causal=[True, False],
     layout=["contiguous", "bthd"],
+)
+
+
+CACHE_CASES = pairwise(
+    C=[1, 64, 65, 300, 700],
+    dims=[(32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (64, 128), (128, 32)],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    heads=[(1, 1), (6, 2), (16, 1), (17, 1)],
+    lengths=["full", "unequal"],
+    scale=[None, 0.3],
+    layout=["contiguous", "bthd", "sliced"],
 )
 
 
@@ -368,6 +381,30 @@ def test_packed_softmax_stays_inside_its_documents(backend, causal, dtype, devic
     assert_all_as_accurate(actual, whole["oracle"], whole["baseline"])
 
 
+@pytest.mark.parametrize("case", CACHE_CASES, ids=case_id)
+@pytest.mark.parametrize("backend", attnlab.list_backends("softmax_decode"))
+def test_a_step_over_a_cache_is_as_accurate_as_the_baseline(backend, case, device, ran):
+    capacity, (heads, kv_heads) = case["C"], case["heads"]
+    shape = {"B": 3, "H": heads, "Hk": kv_heads, "S": capacity}
+    problem = problem_of("softmax_decode", device, dims=case["dims"], dtype=case["dtype"], **shape)
+    skip_unless_it_can_run("softmax_decode", backend, problem)
+    inputs = testing.make_inputs(problem)
+    unequal = [capacity, 0, capacity // 2]
+    lengths = torch.tensor(unequal if case["lengths"] == "unequal" else [capacity] * 3).to(device)
+    seen = (torch.arange(capacity, device=device) < lengths[:, None])[:, None, None]
+    flags = {"attn_mask": seen, "scale": case["scale"]}
+    oracle = testing.softmax_oracle(inputs, **flags)["output"]
+    baseline = testing.softmax_baseline(inputs, **flags)["output"]
+    ran.clear()
+    placed = relayout(inputs, case["layout"])
+    tensors = placed.query, placed.key, placed.value, lengths
+    flags = {"scale": case["scale"], "span": capacity, "backend": backend}
+    actual = attnlab.softmax_decode(*tensors, **flags)
+    expect_ran(ran, "softmax_decode", backend)
+    assert actual.dtype == problem.dtype
+    assert_as_accurate(actual, oracle, baseline)
+
+
 LIGHTNING_BACKENDS = attnlab.list_backends("lightning_attention")
 
 
@@ -490,3 +527,18 @@ def test_decode_compiles_without_a_graph_break(backend, device):
     torch.testing.assert_close(compiled(*args, states[0]), call(*args, states[1]))
     torch.testing.assert_close(states[0], states[1])
     assert not torch.equal(states[0], inputs.initial_state)
+
+
+@pytest.mark.parametrize("backend", attnlab.list_backends("softmax_decode"))
+def test_a_step_over_a_cache_compiles_without_a_graph_break(backend, device):
+    problem = problem_of("softmax_decode", device, B=2, H=4, Hk=2, S=300)
+    skip_unless_it_can_run("softmax_decode", backend, problem)
+    inputs = testing.make_inputs(problem)
+    lengths = torch.tensor([300, 17], device=device)
+    args = inputs.query, inputs.key, inputs.value, lengths
+
+    def call(q, k, v, lengths):
+        return attnlab.softmax_decode(q, k, v, lengths, backend=backend)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), call(*args))

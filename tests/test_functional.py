@@ -112,6 +112,47 @@ def test_decode_takes_one_token_and_its_own_state():
         attnlab.lightning_decode_(*(x[:, :, :1] for x in (q, k, v)), g, STATE[:1])
 
 
+CACHE = torch.randn(2, 3, 9, 32), torch.randn(2, 3, 9, 16)
+LENGTHS = torch.tensor([9, 4])
+
+
+@pytest.mark.parametrize(
+    "arguments, flags, message",
+    [
+        ((q, k, v, LENGTHS), {}, "one query token a sequence, got 5"),
+        ((q[:, :, :1], k[:, :2], v[:, :2], LENGTHS), {}, "divide the 3 query heads, got 2"),
+        ((q[:, :, :1], *CACHE, LENGTHS[:1]), {}, r"lengths of shape \[2\] .*, got \[1\]"),
+        ((q[:, :, :1], *CACHE, LENGTHS.float()), {}, "in int32 or int64 on cpu, got"),
+        ((q[:, :, :1], *CACHE, LENGTHS.to("meta")), {}, "on cpu, got .* on meta"),
+        ((q[:, :, :1], *CACHE, LENGTHS + 1), {}, r"lengths in \[0, 9\], got 5 to 10"),
+        ((q[:, :, :1], *CACHE, LENGTHS - 5), {}, r"lengths in \[0, 9\], got -1 to 4"),
+        ((q[:, :, :1], *CACHE, LENGTHS), {"span": 8}, r"lengths in \[0, 8\], got 4 to 9"),
+        ((q[:, :, :1], *CACHE, LENGTHS), {"span": 10}, r"a span in \[0, 9\], got 10"),
+    ],
+    ids=["tokens", "groups", "shape", "dtype", "device", "long", "negative", "span", "capacity"],
+)
+def test_a_wrong_step_over_a_cache_is_refused(arguments, flags, message):
+    with pytest.raises(ValueError, match=message):
+        attnlab.softmax_decode(*arguments, **flags)
+
+
+def test_a_step_over_nothing_is_empty_or_zero():
+    one = q[:, :, :1]
+    empty = [x[:, :, :0] for x in CACHE]
+    assert torch.equal(attnlab.softmax_decode(one, *empty, LENGTHS * 0), torch.zeros(2, 3, 1, 16))
+    none = attnlab.softmax_decode(one[:0], *(x[:0] for x in CACHE), LENGTHS[:0])
+    assert none.shape == (0, 3, 1, 16)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_slots_beyond_the_span_are_not_looked_at(backend):
+    one, (keys, values) = q[:, :, :1], (x.clone() for x in CACHE)
+    expected = attnlab.softmax_decode(one, keys, values, LENGTHS - 4, backend=backend)
+    keys[:, :, 5:] = values[:, :, 5:] = torch.nan
+    actual = attnlab.softmax_decode(one, keys, values, LENGTHS - 4, span=5, backend=backend)
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize(
     "arguments, flags, message",
     [

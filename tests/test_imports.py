@@ -13,7 +13,7 @@ LAYERS = [
     ["problem", "decay"],
     ["reference", "checks", "segments", "planner"],
     ["registry", "triton_schedules", "custom_op"],
-    ["chunked", "sdpa", "fla", "triton_backend"],
+    ["chunked", "sdpa", "fla", "triton_backend", "triton_softmax"],
     ["backends"],
     ["functional", "testing", "cache"],
     ["__init__"],
