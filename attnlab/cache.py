@@ -63,9 +63,7 @@ LayerCache = KVCache | StateCache
 class ModelCache:
     """Caches of all layers for a batch of sequences, and how many tokens each has seen.
 
-    `lengths` `[B]` int64 lives on the device and `host_lengths` says the same on the host. A
-    decoding step looks at the first `span` slots: by default at those in use, so that its cost
-    follows the context. Whoever captures the step in a graph fixes a span for all its replays.
+    `lengths` `[B]` int64 lives on the device and `host_lengths` says the same on the host.
     """
 
     def __init__(self, layers: Sequence[LayerCache], lengths: Tensor, capacity: int) -> None:
@@ -74,7 +72,6 @@ class ModelCache:
         self.lengths = lengths
         self.capacity = capacity
         self.host_lengths = [0] * lengths.shape[0]
-        self.fixed_span: int | None = None
 
     @property
     def batch(self) -> int:
@@ -87,19 +84,14 @@ class ModelCache:
         return max(self.host_lengths)
 
     @property
+    def span(self) -> int:
+        """Slots that hold all tokens after one more step, also after each replay of a captured one."""
+        return self.capacity if self._is_capturing() else self.max_len + 1
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(x.numel() * x.element_size() for x in self._tensors())
-
-    def fix_span(self, span: int | None) -> None:
-        """Let decoding steps look at `span` slots, or (None) at those in use.
-
-        Raises:
-            ValueError: unless there are that many slots.
-        """
-        ok = span is None or 0 < span <= self.capacity
-        expect(ok, f"a span in [1, {self.capacity}]", span)
-        self.fixed_span = span
 
     def check_room(self, counts: Sequence[int]) -> None:
         """Raise `ValueError` unless `counts[b]` more tokens fit into row b; nothing is written."""
@@ -115,7 +107,7 @@ class ModelCache:
         """Count tokens that all layers have stored: on the host, and in `lengths`."""
         self.lengths += device_counts
         # While a graph is captured nothing runs, so nothing is stored: see `count_replay`.
-        if not (self.lengths.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not self._is_capturing():
             self.host_lengths = [a + b for a, b in zip(self.host_lengths, counts, strict=True)]
 
     def count_replay(self, num_tokens: int = 1) -> None:
@@ -150,6 +142,9 @@ class ModelCache:
         for x in self._tensors():
             x.copy_(x[torch.tensor(rows, device=x.device)])
         self.host_lengths = [self.host_lengths[row] for row in rows]
+
+    def _is_capturing(self) -> bool:
+        return self.lengths.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _tensors(self) -> list[Tensor]:
         return [self.lengths, *(x for layer in self.layers for x in layer.tensors())]

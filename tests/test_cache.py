@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_model import FLOAT64, OPTIONS, deviation, make_ids, make_model, small_config
 
+from attnlab import registry
 from attnlab.cache import KVCache, StateCache
 from attnlab.model import HybridLM
 from attnlab.testing import assert_as_accurate
@@ -37,9 +38,8 @@ def test_any_split_of_a_prompt_gives_the_same_logits(variant, split):
     assert cache.max_len == 24
 
 
-@pytest.mark.parametrize("span", [None, 32], ids=["slots-in-use", "fixed-span"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_unequal_prompts_are_continued_as_if_alone(variant, span):
+def test_unequal_prompts_are_continued_as_if_alone(variant):
     """A left-padded prompt in three chunks, steps, several tokens at once, and steps again."""
     model, lengths = make_model(torch.float64, **VARIANTS[variant]), [9, 2, 5]
     ids, more = make_ids(3, 9), make_ids(3, 9, seed=1)
@@ -48,7 +48,6 @@ def test_unequal_prompts_are_continued_as_if_alone(variant, span):
     for chunk, part in zip(ids.split([3, 5, 1], 1), mask.split([3, 5, 1], 1), strict=True):
         output = model(chunk, cache=cache, attention_mask=part, logits_to_keep=1)
     parts = [output.logits]
-    cache.fix_span(span)
     for tokens in more.split([1, 1, 4, 1, 2], 1):
         parts.append(model(tokens, cache=cache).logits)
     actual = torch.cat(parts, 1)  # from the prompt's last token on
@@ -78,13 +77,22 @@ def test_packed_prompts_fill_the_rows_of_a_cache(variant):
         assert deviation(following[row], model(whole).logits[0, -1:]) < FLOAT64
 
 
-def test_backends_that_lack_masks_or_steps_leave_them_to_others():
-    """FlashAttention has no mask for rows of unequal length; a span may need one."""
+@pytest.mark.parametrize(
+    ("backend", "expected"), [(None, "sdpa"), ("flash", "sdpa"), ("reference", "reference")]
+)
+def test_backends_that_lack_steps_leave_them_to_others(backend, expected, monkeypatch):
+    chosen = []
+
+    def resolve(op, name, problem):
+        chosen.append((op, registry.choose(op, name, problem)))
+        return registry.resolve(op, name, problem)
+
     model, ids = make_model(torch.float64), make_ids(2, 6)
-    model.model.layers[2].self_attn.backend = "flash"
+    model.model.layers[2].self_attn.backend = backend
     cache = model.new_cache(2, 10)
-    cache.fix_span(10)
+    monkeypatch.setattr("attnlab.functional.resolve", resolve)
     steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(6)]
+    assert [name for op, name in chosen if op == "softmax_decode"] == [expected] * 6
     plain = make_model(torch.float64)(ids).logits
     assert deviation(torch.cat(steps, 1), plain) < FLOAT64
 
@@ -202,9 +210,6 @@ def test_nothing_is_written_when_there_is_no_room():
         (lambda m, c: c.reset([2]), r"rows in \[0, 2\), got \[2\]"),
         (lambda m, c: c.reorder([0, -1]), r"rows in \[0, 2\), got \[-1\]"),
         (lambda m, c: c.reorder([0]), "2 rows, got 1"),
-        (lambda m, c: c.fix_span(9), r"a span in \[1, 8\], got 9"),
-        (lambda m, c: (m(make_ids(2, 4), cache=c), c.fix_span(4), m(make_ids(2, 1), cache=c)),
-         "a fixed span of at least 5, got 4"),
         (lambda m, c: (m(make_ids(2, 8), cache=c), c.count_replay()), "at most 8 tokens"),
     ],
 )  # fmt: skip
@@ -231,7 +236,6 @@ def test_a_step_can_be_captured_and_replayed(variant, dtype):
     def prefilled():
         cache = model.new_cache(3, 64)
         model(ids[:, :8], cache=cache, attention_mask=mask)
-        cache.fix_span(32)
         return cache
 
     plain = prefilled()

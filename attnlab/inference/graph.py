@@ -2,8 +2,8 @@
 
 Legend: B rows, V vocabulary.
 
-A captured step looks at a fixed number of cache slots. That span is the next power of two above the
-context, so a graph serves until the context has doubled, and reads at most twice what it needs.
+One graph serves a cache until it is full, for contexts are as long as the device says. Where softmax
+layers run on the backend "triton", a replay reads the slots in use; other backends read all of them.
 """
 
 import torch
@@ -15,15 +15,13 @@ from attnlab.model.grouped import waits_for_device
 from attnlab.model.hybrid import HybridLM
 from attnlab.model.moe import Experts
 
-_SHORTEST_SPAN = 256  # below, slots cost less than another capture
-
 
 class GraphedStep:
     """Logits `[B, V]` of one more token for every row of a cache; called like `decode_step`.
 
-    The first step at a new span runs uncaptured, which also prepares all that must not happen in a
-    capture (kernels compiled, decays read); the second is captured, and from there on replayed. The
-    logits of a call stay valid until the next one.
+    The first step runs uncaptured, which also prepares all that must not happen in a capture (kernels
+    compiled, decays read); the second is captured, and from there on replayed. The logits of a call
+    stay valid until the next one.
     """
 
     def __init__(self, model: HybridLM, cache: ModelCache) -> None:
@@ -37,7 +35,7 @@ class GraphedStep:
         self.model, self.cache = model, cache
         self._token = torch.zeros_like(cache.lengths)[:, None]  # [B, 1]
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._span = 0
+        self._is_prepared = False
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Store `tokens` `[B]` behind each row; logits `[B, V]` of their successors.
@@ -49,9 +47,8 @@ class GraphedStep:
         expect(list(tokens.shape) == shape, f"tokens of shape {shape}", list(tokens.shape))
         self.cache.check_room([1] * self.cache.batch)
         self._token.copy_(tokens[:, None])
-        span = span_of(self.cache.max_len + 1, self.cache.capacity)
-        if span != self._span:
-            self._graph, self._span = None, span
+        if not self._is_prepared:
+            self._is_prepared = True
             return self._step()
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
@@ -63,18 +60,7 @@ class GraphedStep:
         return self._logits
 
     def _step(self) -> Tensor:
-        """The step as it is captured; other calls with the cache keep a span of their own."""
-        before = self.cache.fixed_span
-        self.cache.fix_span(self._span)
-        try:
-            return self.model(self._token, cache=self.cache).logits[:, -1]
-        finally:
-            self.cache.fix_span(before)
-
-
-def span_of(context: int, capacity: int) -> int:
-    """Slots that a step looks at: a power of two that holds `context` tokens, or all there are."""
-    return min(max(1 << (context - 1).bit_length(), _SHORTEST_SPAN), capacity)
+        return self.model(self._token, cache=self.cache).logits[:, -1]
 
 
 def can_capture(model: HybridLM, batch: int) -> bool:

@@ -22,6 +22,7 @@ from attnlab.functional import (
     lightning_decode_,
     softmax_attention,
     softmax_attention_varlen,
+    softmax_decode,
 )
 from attnlab.model.config import HybridConfig
 from attnlab.model.convolution import ShortConvolution
@@ -170,21 +171,12 @@ class SoftmaxMixer(nn.Module):
         return softmax_attention_varlen(query, key, value, *bounds, **flags)
 
     def _step(self, query: Tensor, cache: KVCache, place: Placement) -> Tensor:
-        """One query a row over the cache's first slots; heads of a group are rows of one product.
-
-        Where rows differ in length, or the span is fixed, a mask hides the slots behind each row's
-        end. FlashAttention and cuDNN take no mask: torch's choice runs in their place.
-        """
-        span = place.span
-        keys, values = cache.keys[:, :, :span], cache.values[:, :, :span]
-        grouped = query.reshape(query.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, G, H/G]
-        mask, backend = None, self.backend
-        if place.start != span - 1:
-            slots = torch.arange(span, device=query.device)
-            mask = (slots <= place.positions[:, :, None])[:, None]  # [B, 1, 1, C]
-            backend = "sdpa" if backend in ("flash", "cudnn") else backend
-        mixed = softmax_attention(grouped, keys, values, attn_mask=mask, backend=backend)
-        return mixed.reshape(query.shape)
+        """One query a row over the cache; a backend that has no such step leaves it to others."""
+        assert place.lengths is not None
+        backend = self.backend if self.backend in list_backends("softmax_decode") else None
+        return softmax_decode(
+            query, cache.keys, cache.values, place.lengths, span=place.span, backend=backend
+        )
 
     def _pieces(self, query: Tensor, cache: KVCache, place: Placement) -> Tensor:
         """Sequence after sequence, each over its own slots of the cache."""

@@ -7,7 +7,7 @@ batch with left padding is packed first, so that no layer ever sees padding.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ class Placement:
     `positions` `[B or 1, T]` int64 count from the start of each sequence. `cu_seqlens` `[N+1]` and
     `sequence` `[1, T]`, the number of each token's sequence, are None for dense rows. With a cache,
     `past` and `counts` are the tokens of each sequence before this call and in it, known on the
-    host, and `rows` `[B or 1, T]` the cache rows of the tokens; without one they are None. `span`
-    is the number of cache slots that a single step looks at.
+    host, and `rows` `[B or 1, T]` the cache rows of the tokens; without one they are None. A single
+    step has the tokens of each row with the new one, `lengths` `[B]` int64, and a `span` of slots
+    that holds them all.
     """
 
     positions: Tensor
@@ -39,6 +40,7 @@ class Placement:
     past: tuple[int, ...] | None = None
     counts: tuple[int, ...] | None = None
     rows: Tensor | None = None
+    lengths: Tensor | None = None
     span: int = 0
 
     @property
@@ -82,8 +84,10 @@ def dense(input_ids: Tensor, cache: ModelCache | None) -> Placement:
     cache.check_room(counts)
     positions = steps + cache.lengths[:, None]  # [B, T]
     rows = torch.arange(batch, device=device)[:, None].expand(batch, num_tokens)
-    past, span = tuple(cache.host_lengths), _span(cache) if num_tokens == 1 else 0
-    return Placement(positions=positions, past=past, counts=counts, rows=rows, span=span)
+    place = Placement(positions=positions, past=tuple(cache.host_lengths), counts=counts, rows=rows)
+    if num_tokens > 1:
+        return place
+    return replace(place, lengths=cache.lengths + 1, span=cache.span)
 
 
 def packed(input_ids: Tensor, cu_seqlens: Tensor, cache: ModelCache | None) -> Placement:
@@ -151,10 +155,3 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
         return
     low, high = (int(x) for x in input_ids.aminmax())
     expect(low >= 0 and high < vocab_size, f"ids in [0, {vocab_size})", f"{low} to {high}")
-
-
-def _span(cache: ModelCache) -> int:
-    """Slots that a decoding step looks at."""
-    needed, fixed = cache.max_len + 1, cache.fixed_span
-    expect(fixed is None or needed <= fixed, f"a fixed span of at least {needed}", fixed)
-    return fixed or needed
