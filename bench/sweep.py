@@ -26,7 +26,9 @@ from bench.calls import OPS, PASSES
 from bench.inputs import Source, check_corpus
 from bench.report import write_report
 from bench.rows import Point, Row
+from bench.suites import UNITS
 from bench.timing import CEILING_ROUNDS
+from bench.units import run_units
 from bench.worker import Task, Worker
 
 DEFAULTS = {
@@ -34,6 +36,8 @@ DEFAULTS = {
     "cuda": {"heads": 16, "head_dim": 128, "dtype": "bfloat16", "budget": 1500, "point_budget": 90},
 }
 RUNS = plan.ROOT / "results" / "runs"
+SUITES = ("probe", "ops")
+UNIT_SHARES = {"probe": 0.12}  # of the budget, at most
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -45,6 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--max-len", default="4M", help="longest sequence: 4M, 64K, 1048576")
     add("--min-len", default="128", help="shortest sequence; lengths double from here")
+    add("--suites", default=",".join(SUITES), help="comma-separated")
     add("--ops", default="lightning,softmax", help="comma-separated")
     add("--backends", default="auto", help="comma-separated, or auto for all that run here")
     add("--passes", default="fwd,fwd+bwd,decode", help=f"comma-separated, of {', '.join(PASSES)}")
@@ -103,6 +108,7 @@ def plan_points(arguments: argparse.Namespace, device_name: str) -> list[list[Po
             f"expected --kv-heads that divides {arguments.heads}, got {arguments.kv_heads}"
         )
     plan.check_layer(arguments.layer)
+    suites = listed(arguments.suites, SUITES, "suites")
     backends = None if arguments.backends == "auto" else arguments.backends.split(",")
     for name in backends or []:
         check_backend_name(name)
@@ -136,7 +142,9 @@ def plan_points(arguments: argparse.Namespace, device_name: str) -> list[list[Po
         if not of_length:
             raise ValueError(f"expected a backend of {arguments.ops}, got {arguments.backends}")
         points.append(plan.shuffled(of_length, arguments.seed))
-    if arguments.input == "text":
+    if "ops" not in suites:
+        points = []
+    elif arguments.input == "text":
         check_corpus(arguments.corpus, arguments.batch * points[-1][0].q_len)
     if arguments.models != "none":
         from bench import bench_model  # which runs its own points through this module
@@ -238,6 +246,8 @@ class Sweep:
             versions=self.described["versions"],
         )
         self.source = Source(self.arguments.input, self.arguments.corpus, self.arguments.seed)
+        device = self.arguments.device
+        self.device_name = "cpu" if device == "cpu" else self.described["machine"]["device"]
         dtype = self.arguments.dtype
         self.ceilings = self.control.call(
             "ceilings", self.arguments.device, dtype, self.ceiling_rounds
@@ -312,6 +322,17 @@ class Sweep:
                 worker.call("release", device)
         return self.control.call("free_bytes", device)
 
+    def run_units(self, done: dict[str, Row]) -> list[Row]:
+        """Measure what gives several rows at once, each suite within its share of the budget."""
+        arguments, found = self.arguments, []
+        for suite in getattr(arguments, "suites", "").split(","):
+            if suite in UNIT_SHARES:
+                longest = plan.parse_length(arguments.max_len)
+                units = UNITS[suite].units(longest, arguments.dtype)
+                until_s = self.used_s() + UNIT_SHARES[suite] * arguments.budget
+                found += run_units(self, units, done, until_s)
+        return found
+
     def close(self) -> None:
         """End the workers."""
         for worker in (self.control, *self.workers.values()):
@@ -349,8 +370,9 @@ def execute(
     sweep = Sweep(arguments, folder, described, control, in_process, spent_s, ceiling_rounds)
     signal.signal(signal.SIGINT, lambda *_: setattr(sweep, "stopping", True))
     sweep.write_manifest(finished=False)
-    name = "cpu" if arguments.device == "cpu" else described["machine"]["device"]
-    collected = sweep.run(planned(arguments, name), {row["key"]: row for row in earlier})
+    done = {row["key"]: row for row in earlier}
+    collected = sweep.run_units(done)
+    collected += sweep.run(planned(arguments, sweep.device_name), done)
     sweep.close()
     sweep.write_manifest(finished=not sweep.stopping)
     write_report(folder)

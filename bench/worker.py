@@ -70,6 +70,14 @@ def measure_point(task: Task) -> Row:
     return row | {"point_s": round(time.perf_counter() - start, 3)}
 
 
+def measure_unit(unit: Any, device: str) -> tuple[list[Row], float]:
+    """Rows of a unit (see `bench.units`), and the seconds that they took."""
+    start = time.perf_counter()
+    found = unit.measure(device)
+    calls.release_memory(device)
+    return found, time.perf_counter() - start
+
+
 def _failure(status: str, error: Exception) -> Row:
     first_line = (str(error).strip() or "no message").splitlines()[0]
     return {"status": status, "reason": f"{type(error).__name__}: {first_line[:300]}"}
@@ -227,6 +235,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "describe": describe_machine,
     "free_bytes": free_bytes,
     "release": calls.release_memory,
+    "unit": measure_unit,
 }
 
 

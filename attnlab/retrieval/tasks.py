@@ -75,6 +75,9 @@ class Shape:
     hops: int = MAX_HOPS
 
 
+VOCABULARY, SHAPE = Vocabulary(), Shape()
+
+
 class Draw:
     """Random draws of one batch: B rows on a device, from one seed."""
 
@@ -85,13 +88,13 @@ class Draw:
 
     def uniform(self, *shape: int) -> Tensor:
         """`[B, *shape]` float64 in [0, 1)."""
-        flags = {"generator": self.generator, "device": self.device, "dtype": torch.float64}
-        return torch.rand(self.rows, *shape, **flags)
+        size, generator = (self.rows, *shape), self.generator
+        return torch.rand(size, generator=generator, device=self.device, dtype=torch.float64)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """`[B, *shape]` int64 in [0, high)."""
-        flags = {"generator": self.generator, "device": self.device}
-        return torch.randint(high, (self.rows, *shape), **flags)
+        size, generator = (self.rows, *shape), self.generator
+        return torch.randint(high, size, generator=generator, device=self.device)
 
     def distinct(self, high: int, count: int) -> Tensor:
         """`[B, count]` int64 in [0, high), none twice in a row."""
@@ -244,8 +247,8 @@ def make_batch(
     rows: int,
     length: int,
     seed: int,
-    vocabulary: Vocabulary = Vocabulary(),  # noqa: B008: frozen
-    shape: Shape = Shape(),
+    vocabulary: Vocabulary = VOCABULARY,
+    shape: Shape = SHAPE,
     device: torch.device | str = "cpu",
 ) -> Batch:
     """`rows` sequences of `length` tokens of one of TASKS; the same bits from the same arguments.

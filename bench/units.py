@@ -1,0 +1,160 @@
+"""Work of a sweep that gives several rows at once: recall of the probe, retrieval of a model.
+
+A unit runs in a worker process, as points do, and its rows are appended together. Each row says how
+many rows its unit has, so that a unit that a kill cut short is done again when the run is resumed.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from bench import rows
+from bench.plan import ROOT
+from bench.rows import Row
+from bench.worker import Worker, WorkerDied
+
+if TYPE_CHECKING:
+    from bench.sweep import Sweep
+
+FIELDS = (  # of every row, null where a suite has no use for them
+    *("suite", "op", "backend", "pass", "batch", "heads", "kv_heads", "q_len", "head_dim"),
+    *("value_dim", "dtype", "device", "model", "layer", "precision", "input"),
+)
+MARGIN = 1.3  # a prediction may be this much too low
+
+
+class Unit(Protocol):
+    """What can be measured, skipped, and found again among the rows of an earlier run."""
+
+    suite: str
+
+    def title(self) -> str:
+        """A few words for the progress display."""
+
+    def identity(self) -> Row:
+        """All that makes it this unit, as JSON."""
+
+    def sources(self) -> tuple[str, ...]:
+        """Files and folders that it runs, from the repository's root."""
+
+    def work(self) -> float:
+        """Operations, up to a factor that units of one `series` share."""
+
+    def series(self) -> str:
+        """Units whose times follow from one another by their work."""
+
+    def measure(self, device: str) -> list[Row]:
+        """The rows' own fields, measured on "cpu" or "cuda"."""
+
+    def blank(self) -> list[Row]:
+        """The same rows without what is measured, for a unit that is skipped."""
+
+
+def fingerprint(unit: Unit) -> str:
+    """Hash of the sources of a unit: when they change it is measured again."""
+    digest = hashlib.sha256()
+    for name in unit.sources():
+        path = ROOT / name
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _hash(*parts: object) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_units(
+    sweep: "Sweep", units: Iterable[Unit], done: dict[str, Row], until_s: float
+) -> list[Row]:
+    """Rows of all units; those that `done` has no measured rows of are measured or skipped.
+
+    `until_s` is the use of the sweep's budget at which this has to have ended: what would take longer
+    is skipped with its prediction.
+    """
+    earlier: dict[str, list[Row]] = {}
+    for row in done.values():
+        if row.get("unit") and row["status"] == "ok":
+            earlier.setdefault(row["unit"], []).append(row)
+    collected: list[Row] = []
+    seconds: dict[str, list[tuple[float, float]]] = {}  # by series: work and seconds
+    worker = Worker(sweep.in_process)
+    for unit in units:
+        mark = fingerprint(unit)
+        name = _hash(unit.identity(), mark, sweep.device_name)
+        old = earlier.get(name, [])
+        if old and len(old) == old[0]["unit_rows"]:
+            collected += old
+            continue
+        if sweep.stopping:
+            break
+        predicted = predicted_s(unit, seconds.get(unit.series(), []))
+        left = until_s - sweep.used_s()
+        print(f"{unit.title()}: ", end="", flush=True)
+        if left <= 0 or (predicted is not None and MARGIN * predicted > left):
+            guess = "an unknown time" if predicted is None else f"{predicted:.3g} s"
+            reason = f"would take {guess}, of the suite's time {max(left, 0):.3g} s are left"
+            found = [row | {"status": "skipped_budget", "reason": reason} for row in unit.blank()]
+        else:
+            found, taken = _measured(worker, unit, sweep.arguments.device)
+            if found[0]["status"] == "ok":
+                seconds.setdefault(unit.series(), []).append((unit.work(), taken))
+            found[0]["point_s"] = round(taken, 3)
+        pred_ms = None if predicted is None else predicted * 1e3
+        for row in found:
+            whole = _whole(sweep, row, mark, name, len(found)) | {"pred_ms": pred_ms}
+            rows.append_row(sweep.folder / "rows.jsonl", whole)
+            collected.append(whole)
+        print(_outcome(found), flush=True)
+    worker.close()
+    return collected
+
+
+def predicted_s(unit: Unit, earlier: list[tuple[float, float]]) -> float | None:
+    """Seconds by the largest unit of the series so far, None where there is none."""
+    if not earlier:
+        return None
+    work, seconds = max(earlier)
+    return seconds * max(unit.work() / work, 0.05)
+
+
+def _measured(worker: Worker, unit: Unit, device: str) -> tuple[list[Row], float]:
+    """Rows of a unit and their seconds, or what became of it."""
+    start = time.perf_counter()
+    try:
+        return worker.call("unit", unit, device)
+    except WorkerDied as death:
+        status, reason = "error", f"{death}; a process without memory dies so"
+    except torch.OutOfMemoryError as error:
+        status, reason = "out_of_memory", str(error).splitlines()[0]
+    lost = [row | {"status": status, "reason": reason} for row in unit.blank()]
+    return lost, time.perf_counter() - start
+
+
+def _whole(sweep: "Sweep", row: Row, mark: str, unit: str, count: int) -> Row:
+    base = {
+        "schema": rows.SCHEMA,
+        "run_id": sweep.folder.name,
+        "key": _hash(unit, {k: row.get(k) for k in ("op", "q_len", "distance", "depth", "cell")}),
+        "fingerprint": mark,
+        **dict.fromkeys(FIELDS),
+        "commit": sweep.origin.commit,
+        "unit": unit,
+        "unit_rows": count,
+        "device": sweep.device_name,
+        "reason": None,
+    }
+    return base | row | {"ts_utc": rows.now_utc()}
+
+
+def _outcome(found: list[Row]) -> str:
+    if found[0]["status"] != "ok":
+        return f"{found[0]['status']} ({found[0]['reason']})"
+    n, correct = (sum(row[name] for row in found) for name in ("n", "correct"))
+    return f"{correct} of {n} recalled, {found[0]['point_s']:.3g} s"
