@@ -2,8 +2,8 @@
 
 Legend: B batch, H heads, T query tokens, S key tokens, C slots of a cache, K key dim, V value dim,
 N documents. One layout everywhere, `[B, H, T, D]`, any strides with a contiguous last dimension;
-states are `[B, H, K, V]` float32. `backend=` names a backend or, as None, takes the one of `use_backend`, else
-the first that can run the call; see `attnlab.registry`.
+states are `[B, H, K, V]` float32. `backend=` names a backend or, as None, takes the one of
+`use_backend`, else the first that can run the call; see `attnlab.registry`.
 
 All ops but the two decoding steps are differentiable in query, key, value and initial_state (and
 through the final state); log_decay has a gradient in the "reference" and "torch" backends.

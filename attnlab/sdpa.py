@@ -118,6 +118,8 @@ def softmax_decode(
     seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None]  # [B, C]
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])  # [B, G, H/G, K]
     output = softmax_attention(grouped, keys, values, attn_mask=seen[:, None, None], scale=scale)
+    # Not every kernel of torch gives zeros where a mask hides all keys.
+    output = output.masked_fill((lengths == 0)[:, None, None, None], 0.0)
     return output.reshape(*query.shape[:3], values.shape[3])
 
 

@@ -73,7 +73,7 @@ def misaligned(x):
 
 def calls():
     """Calls by name that differ in what compiled code may depend on."""
-    from attnlab import triton_backend
+    from attnlab import triton_backend, triton_softmax
     from attnlab.problem import Problem
     from attnlab.triton_schedules import forced_plan
 
@@ -104,6 +104,11 @@ def calls():
         decay = i.log_decay if decay is None else decay
         triton_backend.lightning_decode_(*qkv, decay, state, slots=slots)
 
+    def over_cache(capacity, dtype=torch.bfloat16, length_dtype=torch.int64):
+        keys, lengths = torch.zeros(1, 2, capacity, 32, dtype=dtype), torch.tensor([7])
+        query = torch.zeros(1, 4, 1, 32, dtype=dtype)
+        triton_softmax.softmax_decode(query, keys, keys, lengths.to(length_dtype))
+
     wide = torch.zeros(5, 2, 32, 40)[..., :32]
     return {
         "forward": lambda: attend(x),
@@ -128,6 +133,10 @@ def calls():
         "decode in a pool, 32-bit slots": lambda: step(
             x, pool=wide, slots=torch.tensor([2], dtype=torch.int32)
         ),
+        "over a cache": lambda: over_cache(200),
+        "over a longer cache": lambda: over_cache(250),
+        "over a cache, 32-bit lengths": lambda: over_cache(200, length_dtype=torch.int32),
+        "over a float32 cache": lambda: over_cache(200, dtype=torch.float32),
     }
 
 
@@ -144,10 +153,11 @@ def write_down():
 
     driver = WritingDriver()
     triton.runtime.driver.set_active(driver)
-    from kernels_triton import lightning_decode
+    from kernels_triton import lightning_decode, softmax_decode
     from kernels_triton.lightning import launch
 
-    launchers = launch._launch_scan, launch._launch_prefix, lightning_decode._launch
+    launchers = [launch._launch_scan, launch._launch_prefix, lightning_decode._launch]
+    launchers += [softmax_decode._launch_split, softmax_decode._launch_merge]
     found = {}
     for remember in (False, True, True):
         for name, call in calls().items():
@@ -172,7 +182,7 @@ def launches():
 
 @pytest.mark.skipif(not WRITES_DOWN, reason="stands for a GPU where there is none")
 def test_a_remembered_launch_is_the_one_triton_makes(launches):
-    assert len(launches) == 18
+    assert len(launches) == 22
     for name, (chosen, first, second) in launches.items():
         assert chosen and chosen == first == second, name
 
@@ -182,8 +192,10 @@ def test_the_calls_differ_in_what_they_start(launches):
     started = {name: [kernel for kernel, *_ in chosen] for name, (chosen, *_) in launches.items()}
     assert started["forward"] == started["another length"] == started["scale that is an integer"]
     assert started["decode"] == started["decode of another token"]
+    assert started["over a cache"] == started["over a longer cache"]
     others = [n for n in started if n not in ("another length", "scale that is an integer")]
     others.remove("decode of another token")
+    others.remove("over a longer cache")
     different = {json.dumps(started[n]) for n in others}
     assert len(different) == len(others)
 
