@@ -37,13 +37,11 @@ MAX_SPLITS = 256  # of a row, which are merged at once; more only where they occ
 MERGE_VALUES = 8192  # of all splits, that a merging program takes: 64 registers a thread
 LOG2_E = 1.4426950408889634
 
-_RUN_TIME = ["H", "G", "C", "num_splits"]
-
 
 @triton.jit
 def _row_length(p_lengths, i_b, C):
-    """Slots that row i_b sees, int64."""
-    return tl.maximum(tl.minimum(tl.load(p_lengths + i_b).to(tl.int64), C), 0)
+    """Slots that row i_b sees, int32."""
+    return tl.maximum(tl.minimum(tl.load(p_lengths + i_b).to(tl.int64), C), 0).to(tl.int32)
 
 
 @triton.jit
@@ -52,7 +50,7 @@ def _splits_in_use(num_blocks, num_splits, MIN_BLOCKS: tl.constexpr):
     return tl.minimum(tl.cdiv(num_blocks, MIN_BLOCKS), num_splits)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize=["H", "G", "C", "num_splits"])
 def split_kernel(
     p_q, p_k, p_v, p_lengths, p_o, p_lse,
     s_qb, s_qh, s_kb, s_kg, s_kc, s_vb, s_vg, s_vc,
@@ -73,8 +71,9 @@ def split_kernel(
     in_use = _splits_in_use(num_blocks, num_splits, MIN_BLOCKS)
     if i_p >= in_use:
         return
-    first = (num_blocks * i_p // in_use * BN).to(tl.int32)
-    stop = tl.minimum(num_blocks * (i_p + 1) // in_use * BN, length).to(tl.int32)
+    share, rest = num_blocks // in_use, num_blocks % in_use
+    first = (share * i_p + tl.minimum(i_p, rest)) * BN
+    stop = tl.minimum(first + (share + (i_p < rest).to(tl.int32)) * BN, length)
 
     o_m = i_m * BM + tl.arange(0, BM)
     o_n, o_k, o_v = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BV)
@@ -112,7 +111,7 @@ def split_kernel(
     tl.store(p_o, b_o / b_sum[:, None], mask=m_m[:, None] & m_v[None, :])
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize=["H", "C", "num_splits"])
 def merge_kernel(
     p_parts, p_lse, p_lengths, p_o,
     H, C, num_splits,
