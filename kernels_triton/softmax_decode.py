@@ -1,12 +1,12 @@
 """Softmax attention of one query a sequence over a cache of keys and values, cut along the keys.
 
-    o = sum_j exp(s_j - L) v_j,   s_j = scale q . k_j,   L = log sum_j exp(s_j),   j < length of the row
+    o = sum_j exp(s_j - m) v_j / sum_j exp(s_j - m),   s_j = scale q . k_j,   m = max_j s_j,   j < length
 
 The cache is read once: that is all that counts, so all multiprocessors have to read it, with many
 bytes on their way. `split_kernel` gives each key head of each row to several programs, which share
-the blocks of keys that the row has; each leaves the output and the logsumexp of its own keys, and
-`merge_kernel` weighs the outputs by them (FlashDecoding, pytorch.org/blog/flash-decoding). The query
-heads of a key head are rows of one product, 16 of them at a time.
+the blocks of keys that the row has; each leaves both sums over its own keys, and their own m.
+`merge_kernel` adds the sums up (FlashDecoding, pytorch.org/blog/flash-decoding). The query heads of a
+key head are rows of one product, 16 of them at a time.
 
 How many programs there are depends on the cache's capacity alone. Lengths are read on the device,
 so a captured graph stays right while they grow; programs that a short row has no blocks for end at
@@ -52,13 +52,16 @@ def _splits_in_use(num_blocks, num_splits, MIN_BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["H", "G", "C", "num_splits"])
 def split_kernel(
-    p_q, p_k, p_v, p_lengths, p_o, p_lse,
+    p_q, p_k, p_v, p_lengths, p_o, p_max, p_sum,
     s_qb, s_qh, s_kb, s_kg, s_kc, s_vb, s_vg, s_vc,
     scale, H, G, C, num_splits,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, MIN_BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Output and base-2 logsumexp of BM query heads over one split of a row's keys."""
+    """Sums of weighted values and of weights, and the largest score, over one split of a row's keys.
+
+    For BM query heads; the scores are in base 2.
+    """
     heads = H // G
     num_tiles = tl.cdiv(heads, BM)
     i = tl.program_id(0)
@@ -106,14 +109,14 @@ def split_kernel(
         b_max = b_new
 
     row = (i_b * H + o_h) * num_splits + i_p  # [BM] int64
-    tl.store(p_lse + row, b_max + tl.log2(b_sum), mask=m_m)
-    p_o += row[:, None] * V + o_v[None, :]
-    tl.store(p_o, b_o / b_sum[:, None], mask=m_m[:, None] & m_v[None, :])
+    tl.store(p_max + row, b_max, mask=m_m)
+    tl.store(p_sum + row, b_sum, mask=m_m)
+    tl.store(p_o + row[:, None] * V + o_v[None, :], b_o, mask=m_m[:, None] & m_v[None, :])
 
 
 @triton.jit(do_not_specialize=["H", "C", "num_splits"])
 def merge_kernel(
-    p_parts, p_lse, p_lengths, p_o,
+    p_parts, p_max, p_sum, p_lengths, p_o,
     H, C, num_splits,
     V: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr,
     BN: tl.constexpr, MIN_BLOCKS: tl.constexpr,
@@ -131,12 +134,13 @@ def merge_kernel(
         o_p = start + tl.arange(0, BP)
         m_p = o_p < in_use
         row = i_bh * num_splits + o_p
-        b_lse = tl.load(p_lse + row, mask=m_p, other=float("-inf"))  # [BP]
+        b_max = tl.load(p_max + row, mask=m_p, other=float("-inf"))  # [BP]
+        b_sum = tl.load(p_sum + row, mask=m_p, other=0.0)  # [BP]
         b_part = tl.load(p_parts + row[:, None] * V + o_v[None, :], mask=m_p[:, None], other=0.0)
-        new = tl.maximum(high, tl.max(b_lse, 0))
-        b_w = tl.exp2(b_lse - new)
+        new = tl.maximum(high, tl.max(b_max, 0))
+        b_w = tl.exp2(b_max - new)
         keep = tl.exp2(high - new)
-        total = total * keep + tl.sum(b_w, 0)
+        total = total * keep + tl.sum(b_w * b_sum, 0)
         b_o = b_o * keep + tl.sum(b_w[:, None] * b_part, 0)
         high = new
     b_o = b_o / tl.where(in_use > 0, total, 1.0)
@@ -172,9 +176,11 @@ def attend(
     splits = num_splits(capacity, tiles, num_multiprocessors)
     output = torch.empty(batch, heads, 1, v_dim, dtype=query.dtype, device=query.device)
     parts = torch.empty(batch, heads, splits, v_dim, dtype=torch.float32, device=query.device)
-    lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=query.device)
+    highest, weights = torch.empty(
+        2, batch, heads, splits, dtype=torch.float32, device=query.device
+    )
     sizes = *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3]
-    pointers = query, keys, values, lengths, parts, lse
+    pointers = query, keys, values, lengths, parts, highest, weights
     shared = {"BN": block, "MIN_BLOCKS": MIN_SLOTS // block}
     constants = {"K": k_dim, "V": v_dim, "BK": block_k, "BV": block_v, "BM": ROWS, **shared}
     counts = heads, groups, capacity, splits
@@ -185,7 +191,7 @@ def attend(
         (*kind_of(query.device, *pointers), *sizes),
         num_warps=8 if values.dtype == torch.float32 else 4,  # operands lie in registers then
     )
-    pointers = parts, lse, lengths, output
+    pointers = parts, highest, weights, lengths, output
     block_p = min(triton.next_power_of_2(splits), MAX_SPLITS)
     width = min(v_dim & -v_dim, MERGE_VALUES // block_p)  # powers of 2, which divide the head dim
     _launch_merge(
