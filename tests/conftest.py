@@ -23,3 +23,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def worlds():
+    """Worlds of ranks by size, started when first used; see `distributed_world`."""
+    from distributed_world import World
+
+    started = {}
+
+    def get(size):
+        return started.setdefault(size, World(size))
+
+    yield get
+    for world in started.values():
+        world.close()

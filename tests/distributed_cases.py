@@ -1,0 +1,230 @@
+"""What each rank runs for the tests of `attnlab.distributed`, and the packs that they run on."""
+
+import contextlib
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from attnlab.distributed import blocks, halo, lasp, ring, states
+from attnlab.distributed.comm import Group, Ledger, check_agreement
+from attnlab.distributed.mesh import Layout, Meshes
+from attnlab.distributed.pack import PackPlan
+
+PACKS = {
+    "one document": (0, 37),
+    "ends at rank edges": (0, 16, 32, 48),
+    "over many ranks": (0, 3, 41, 44, 64),
+    "single tokens": tuple(range(25)),
+    "long and tiny": (0, 1, 2, 50, 51, 60),
+}
+
+
+def plans(name: str, size: int) -> dict[str, PackPlan]:
+    """A pack's shardings: even, uneven, with empty ranks, one-token chunks, and zigzag."""
+    cu = PACKS[name]
+    total = cu[-1]
+    uneven = [min(1 + rank, total // size) for rank in range(size - 1)]
+    empty = [0 if rank % 2 else total // size for rank in range(size - 1)]
+    found = {
+        "even": PackPlan.contiguous(cu, size),
+        "uneven": PackPlan.contiguous_with(cu, [*uneven, total - sum(uneven)]),
+        "empty ranks": PackPlan.contiguous_with(cu, [*empty, total - sum(empty)]),
+    }
+    if total >= 2 * size:
+        found["zigzag"] = PackPlan.zigzag(cu, size)
+    return found
+
+
+def world(size: int) -> tuple[Group, Ledger]:
+    ledger = Ledger()
+    return Group(dist.group.WORLD, name="cp", ledger=ledger), ledger
+
+
+def differentiate(outputs, leaves, grad_output):
+    grads = torch.autograd.grad(outputs, leaves, grad_output)
+    return [grad.detach() for grad in grads]
+
+
+def run_lasp(rank, size, jobs, mutation=None):
+    """Output, gradients and messages of this rank for each job: (tensors, log_decay, plan, flags)."""
+    results = []
+    with mutated(mutation):
+        for tensors, log_decay, plan, flags in jobs:
+            group, ledger = world(size)
+            local = [plan.shard(x, rank, 2) for x in tensors]
+            leaves = [x.clone().requires_grad_() for x in local[:3]]
+            output = lasp.lasp_attention(*leaves, log_decay, plan, group, **flags)
+            grads = differentiate(output, leaves, local[3])
+            results.append((output.detach(), *grads, ledger.events))
+    return results
+
+
+def run_ring(rank, size, jobs, mutation=None):
+    """Output, gradients and messages of this rank for each job: (tensors, plan, flags)."""
+    results = []
+    with mutated(mutation):
+        for tensors, plan, flags in jobs:
+            group, ledger = world(size)
+            local = [plan.shard(x, rank, 2) for x in tensors]
+            leaves = [x.clone().requires_grad_() for x in local[:3]]
+            output = ring.ring_attention(*leaves, plan, group, **flags)
+            grads = differentiate(output, leaves, local[3])
+            results.append((output.detach(), *grads, ledger.events))
+    return results
+
+
+def run_convolution(rank, size, jobs):
+    """Output and gradients of this rank for each job: (x, weight, grad, plan)."""
+    results = []
+    for x, weight, grad, plan in jobs:
+        group, ledger = world(size)
+        leaves = [plan.shard(x, rank).requires_grad_(), weight.clone().requires_grad_()]
+        output = halo.short_convolution(*leaves, plan, group)
+        grads = differentiate(output, leaves, plan.shard(grad, rank))
+        results.append((output.detach(), *grads, ledger.events))
+    return results
+
+
+def run_agreement(rank, size, plans_by_rank):
+    """The error of this rank where plans differ."""
+    group, _ = world(size)
+    try:
+        check_agreement(group, plans_by_rank[rank].fingerprint(), "cu_seqlens")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def run_mesh(rank, size, flags):
+    """Rank and size of this rank in each axis of both views."""
+    meshes = Meshes(Layout(world_size=size, **flags), "cpu")
+    axes = "dp", "cp", "tp", "edp", "ep", "etp"
+    return {axis: (meshes.group(axis).rank, meshes.group(axis).size) for axis in axes}
+
+
+@contextlib.contextmanager
+def mutated(name):
+    """The code with a planted defect."""
+    patches = MUTATIONS[name]() if name else []
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def _weights_with(change):
+    def patched():
+        original = states._weights
+
+        def weights(plan, log_decay, chunks, backward):
+            return change(original, plan, log_decay, chunks, backward)
+
+        return [mock.patch.object(states, "_weights", weights)]
+
+    return patched
+
+
+def _only_neighbours(original, plan, log_decay, chunks, backward):
+    weights = original(plan, log_decay, chunks, backward)
+    number = torch.arange(plan.num_chunks)
+    apart = (torch.tensor(chunks)[:, None] - number).abs()
+    return weights * (apart == 1)[..., None]
+
+
+def _one_decay_more(original, plan, log_decay, chunks, backward):
+    weights = original(plan, log_decay, chunks, backward)
+    return weights * torch.exp(torch.tensor(log_decay, dtype=torch.float64))
+
+
+def _not_transposed(original, plan, log_decay, chunks, backward):
+    return original(plan, log_decay, chunks, False)
+
+
+def _resets_ignored():
+    def distances(plan):
+        bounds = torch.tensor(plan.bounds)
+        number = torch.arange(plan.num_chunks)
+        earlier = number[None, :] < number[:, None]
+        return torch.where(earlier, bounds[:-1, None] - bounds[None, 1:], -1)
+
+    return [mock.patch.object(PackPlan, "distances", property(distances))]
+
+
+def _edge_gate_missing():
+    """A document that ends exactly at a chunk's edge is taken to go on behind it."""
+    original = PackPlan.distances.func
+
+    def distances(plan):
+        found = original(plan).clone()
+        for i in range(1, plan.num_chunks):
+            lo, hi = plan.span(i)
+            if lo < hi and lo in plan.cu_seqlens:
+                found[i, i - 1] = 0
+        return found
+
+    def continues(plan, chunk):
+        lo, hi = plan.span(chunk)
+        return 0 < lo < hi
+
+    return [
+        mock.patch.object(PackPlan, "distances", property(distances)),
+        mock.patch.object(PackPlan, "continues", continues),
+    ]
+
+
+def _ring_too_short():
+    return [mock.patch.object(PackPlan, "hops", 1)]
+
+
+def _gradients_stay_away():
+    original = ring._Travelling.pass_on
+
+    def pass_on(self, group, incoming, distance=1):
+        coming = original(self, group, incoming, distance)
+        kept = self.flat
+        return coming if distance > 0 else ring.Pending([], lambda: (coming.wait(), kept)[1])
+
+    return [mock.patch.object(ring._Travelling, "pass_on", pass_on)]
+
+
+def _one_query_head_a_key_head():
+    original = blocks.TorchBlock.backward
+
+    def backward(self, *arguments):
+        dq, dk, dv = original(self, *arguments)
+        return dq, dk / 2, dv / 2
+
+    return [mock.patch.object(blocks.TorchBlock, "backward", backward)]
+
+
+def _parts_not_rescaled():
+    def merge(output, lse, new, new_lse):
+        return output + new.to(output), torch.logaddexp(lse, new_lse.to(lse))
+
+    return [mock.patch.object(ring, "merge", merge)]
+
+
+def _rectangles_over_documents():
+    original = PackPlan.document_start
+    return [
+        mock.patch.object(PackPlan, "document_start", lambda plan, t: max(original(plan, t) - 1, 0))
+    ]
+
+
+LASP_MUTATIONS = {
+    "hops beyond the neighbour dropped": _weights_with(_only_neighbours),
+    "one decay step too many": _weights_with(_one_decay_more),
+    "A instead of its transpose": _weights_with(_not_transposed),
+    "resets ignored": _resets_ignored,
+    "no gate at a document's end": _edge_gate_missing,
+}
+
+RING_MUTATIONS = {
+    "the ring stops too early": _ring_too_short,
+    "gradients of keys not returned": _gradients_stay_away,
+    "half of a key head's queries counted": _one_query_head_a_key_head,
+    "parts merged without rescaling": _parts_not_rescaled,
+    "keys of the document before are seen": _rectangles_over_documents,
+}
+MUTATIONS = LASP_MUTATIONS | RING_MUTATIONS
