@@ -1,4 +1,4 @@
-"""Command line: what runs on this machine (`backends`), training (`train`), text (`generate`)."""
+"""Command line: what runs on this machine (`backends`), training (`train`, `retrieval`), text (`generate`)."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from attnlab.model.checkpoint import read_config
 from attnlab.model.hybrid import HybridLM
 from attnlab.problem import Problem
 from attnlab.registry import BackendUnavailable
+from attnlab.retrieval import command as retrieval_command
 from attnlab.training.config import check_vocabulary
 from attnlab.training.guard import NonFiniteError
 from attnlab.training.options import add_options, config_from
@@ -151,6 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     generating = commands.add_parser("generate", help="let a trained model continue a text")
     add_generate_options(generating)
     generating.set_defaults(run=run_generate)
+    recalling = commands.add_parser("retrieval", help="train the small models of a retrieval plan")
+    retrieval_command.add_options(recalling)
+    recalling.set_defaults(run=retrieval_command.run)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

@@ -12,14 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["problem", "decay"],
     ["reference", "checks", "segments", "planner"],
-    ["registry", "triton_schedules", "custom_op"],
-    ["chunked", "sdpa", "fla", "triton_backend", "triton_softmax"],
+    ["registry", "schedules", "custom_op"],
+    ["lightning_ops"],
+    ["chunked", "sdpa", "fla", "triton_backend", "cuda_backend", "triton_softmax"],
     ["backends"],
     ["functional", "testing", "cache"],
     ["__init__"],
     ["model"],
     ["inference", "distributed"],
-    ["retrieval", "training"],
+    ["training"],
+    ["retrieval"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -14,7 +14,18 @@ import pytest
 from bench.rows import load_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--min-len", "256", "--max-len", "1K", "--budget", "600", "--point-budget", "0.5"]
+SHORT = [
+    "--suites",
+    "ops",
+    "--min-len",
+    "256",
+    "--max-len",
+    "1K",
+    "--budget",
+    "600",
+    "--point-budget",
+    "0.5",
+]
 
 
 def command(*options):
@@ -154,7 +165,18 @@ def test_ctrl_c_finishes_the_row_and_the_report(tmp_path):
 
 
 def test_what_does_not_fit_is_a_row_with_a_prediction(tmp_path):
-    options = ["--min-len", "1K", "--max-len", "1M", "--ops", "softmax", "--passes", "fwd"]
+    options = [
+        "--suites",
+        "ops",
+        "--min-len",
+        "1K",
+        "--max-len",
+        "1M",
+        "--ops",
+        "softmax",
+        "--passes",
+        "fwd",
+    ]
     result = sweep(*options, "--budget", "60", "--point-budget", "0.5", "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     rows = load_rows(tmp_path / "run" / "rows.jsonl")
