@@ -7,6 +7,7 @@ import torch
 
 from attnlab import registry
 from attnlab.checks import expect
+from attnlab.distributed import planning
 from attnlab.inference.generate import stream
 from attnlab.inference.sampling import check_sampling
 from attnlab.inference.text import TextStream
@@ -152,6 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     generating = commands.add_parser("generate", help="let a trained model continue a text")
     add_generate_options(generating)
     generating.set_defaults(run=run_generate)
+    plan = commands.add_parser("plan", help="what MiniMax-01's layers would cost on many GPUs")
+    planning.add_options(plan)
+    plan.set_defaults(run=planning.run)
     recalling = commands.add_parser("retrieval", help="train the small models of a retrieval plan")
     retrieval_command.add_options(recalling)
     recalling.set_defaults(run=retrieval_command.run)

@@ -13,12 +13,13 @@ from distributed_cases import LASP_MUTATIONS, PACKS, plans, run_lasp
 from attnlab.distributed.comm import Group
 from attnlab.distributed.lasp import lasp_attention
 from attnlab.distributed.pack import UNREACHED, PackPlan
+from attnlab.distributed.volumes import gather_bytes, state_bytes
 from attnlab.functional import lightning_attention_varlen
 
 HEADS, KEY_DIM, VALUE_DIM = 3, 4, 5
 LOG_DECAY = torch.tensor([0.999, 0.9, 0.4], dtype=torch.float64).log()
 TOLERANCE = 1e-12  # sums of float64 in another order
-STATE_BYTES = HEADS * KEY_DIM * VALUE_DIM * 8
+STATE_BYTES = state_bytes(HEADS, KEY_DIM, VALUE_DIM, itemsize=8)
 
 few = pytest.mark.parametrize("size", [1, 2, 4])
 
@@ -107,7 +108,7 @@ def test_chunks_may_lie_on_any_ranks(worlds):
 def test_a_gather_moves_what_its_formula_says(worlds, size):
     found, answers = check(worlds(size), ["one document", "over many ranks"], backend="torch")
     for number, plan in enumerate(found):
-        expected = (size - 1) * plan.max_chunks * STATE_BYTES
+        expected = gather_bytes(size, plan.max_chunks, STATE_BYTES)
         for results in answers:
             events = results[number][4]
             assert [e.op for e in events] == ["all_gather"] * 2

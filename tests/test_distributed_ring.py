@@ -8,11 +8,11 @@ from attnlab.distributed.blocks import KernelBlock, TorchBlock, merge
 from attnlab.distributed.comm import Group
 from attnlab.distributed.pack import PackPlan
 from attnlab.distributed.ring import ring_attention
+from attnlab.distributed.volumes import key_value_bytes, ring_bytes, ring_messages
 from attnlab.functional import softmax_attention_varlen
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 4, 2, 4, 6
 TOLERANCE = 1e-12  # sums of float64 in another order
-TOKEN_BYTES = KV_HEADS * (KEY_DIM + VALUE_DIM) * 8
 
 
 def tensors_for(plan, dtype=torch.float64):
@@ -82,10 +82,10 @@ def test_the_ring_sends_what_its_formula_says(worlds, cu, hops):
     plan = PackPlan.contiguous(cu, 4)
     assert plan.hops == hops
     answers = worlds(4).call(run_ring, [(tensors_for(plan), plan, {})])
+    block = key_value_bytes(10, KV_HEADS, KEY_DIM, VALUE_DIM, 8)  # of every rank alike
     for (results,) in answers:
-        assert sum(e.messages for e in results[4]) == 3 * hops + 1
-        # Blocks of equal length here: h of keys and values, then h with gradients, and the way home.
-        assert sum(e.received_bytes for e in results[4]) == (3 * hops + 1) * 10 * TOKEN_BYTES
+        assert sum(e.messages for e in results[4]) == ring_messages(hops)
+        assert sum(e.received_bytes for e in results[4]) == sum(ring_bytes(hops, block, block))
     expected = oracle(plan, tensors_for(plan))
     for rank, (results,) in enumerate(answers):
         assert worst(plan, rank, results[:4], expected) < TOLERANCE
