@@ -19,6 +19,7 @@ SOFTMAX = ("softmax_attention", "softmax_attention_with_lse", "softmax_attention
 _HALF = (torch.float16, torch.bfloat16)
 _HAS_TRITON = find_spec("triton") is not None
 _TRITON_DIMS = (32, 64, 96, 128, 192, 256)
+_CUDA_DIMS = (64, 128)
 
 
 # Import statements, not importlib: a first use may happen while torch.compile traces.
@@ -38,6 +39,12 @@ def _triton() -> ModuleType:
     from attnlab import triton_backend
 
     return triton_backend
+
+
+def _cuda() -> ModuleType:
+    from attnlab import cuda_backend
+
+    return cuda_backend
 
 
 def _triton_softmax() -> ModuleType:
@@ -82,6 +89,49 @@ def _triton_needs(problem: Problem) -> str | None:
     if problem.decay_requires_grad:
         return "has no gradient of log_decay"
     return None
+
+
+def _constant_to_compilers(function: Callable) -> Callable:
+    """Let torch.compile call a function while it traces and keep what it returned.
+
+    `torch.compiler.assume_constant_result` sets the same mark, but imports torch._dynamo and Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_to_compilers
+def _cuda_machine_lacks(device: str) -> str | None:
+    from kernels_cuda.module import loader
+
+    return loader.why_not(device)
+
+
+@_constant_to_compilers
+def _cuda_kernel_lacks(
+    op: str, device: str, dtype: str, key_dim: int, value_dim: int, precision: str
+) -> str | None:
+    """Why a call's kernels can't be had: they are compiled for that, at the first such call."""
+    from kernels_cuda import lightning, lightning_decode
+
+    kernels = lightning_decode if op == "lightning_decode_" else lightning
+    return kernels.why_not(key_dim, value_dim, getattr(torch, dtype), device, precision)
+
+
+def _cuda_needs(problem: Problem) -> str | None:
+    reason = _cuda_machine_lacks(problem.device)
+    if reason is not None:
+        return reason
+    if problem.dtype not in _HALF:
+        return f"needs float16 or bfloat16, got {problem.dtype}"
+    dims = problem.key_dim, problem.value_dim
+    for dim in dims:
+        if dim not in _CUDA_DIMS:
+            return f"needs head dims among {', '.join(map(str, _CUDA_DIMS))}, got {dim}"
+    if problem.decay_requires_grad:
+        return "has no gradient of log_decay"
+    dtype = "bfloat16" if problem.dtype == torch.bfloat16 else "float16"
+    return _cuda_kernel_lacks(problem.op, problem.device, dtype, *dims, problem.precision)
 
 
 def _fla_needs(problem: Problem) -> str | None:
@@ -167,6 +217,7 @@ def _register(
 
 for _op in (*LIGHTNING, "lightning_decode_", "lightning_state"):
     _register(_op, "triton", _triton, _triton_needs)
+    _register(_op, "cuda", _cuda, _cuda_needs)
 for _op in LIGHTNING:
     _register(_op, "torch", _chunked, _nothing)
     _register(_op, "reference", _reference, _nothing)

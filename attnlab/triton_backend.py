@@ -1,294 +1,36 @@
-"""Backend "triton": the kernels of `kernels_triton` as custom ops with gradients.
+"""Backend "triton": the kernels of `kernels_triton` as custom ops with gradients."""
 
-Legend: B batch, H heads, T tokens, K key dim, V value dim, N documents.
-"""
-
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from attnlab.checks import values_of
-from attnlab.custom_op import CustomOp
-from attnlab.triton_schedules import MAX_REMEMBERED, Call, schedule_of
+from attnlab.lightning_ops import LightningOps
 from kernels_triton import lightning, lightning_decode
 
-
-def _decay_of(log_decay: Tensor, like: Tensor) -> Tensor:
-    if log_decay.device == like.device:
-        return log_decay.float()
-    return _uploaded(values_of(log_decay), like.device)
-
-
-@lru_cache(MAX_REMEMBERED)
-def _uploaded(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def _contiguous_last(x: Tensor) -> Tensor:
-    """The tensor itself, or a copy where its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    return_final_state: bool,
-    precision: str,
-    may_read: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output, and final states (empty unless asked for)."""
-    query, key, value = (_contiguous_last(x) for x in (query, key, value))
-    schedule = schedule_of(Call(key, value, log_decay, cu_seqlens, precision, may_read))
-    state = _empty_state(key, value, cu_seqlens, return_final_state)
-    output = lightning.forward(
-        query, key, value, _decay_of(log_decay, key), schedule,
-        scale=scale,
-        initial_state=None if initial_state is None else initial_state.float().contiguous(),
-        final_state=state if return_final_state else None,
-        precision=precision,
-    )  # fmt: skip
-    return output, state
-
-
-def _empty_state(key: Tensor, value: Tensor, cu_seqlens: Tensor | None, needed: bool) -> Tensor:
-    rows = key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (rows, key.shape[1], key.shape[3], value.shape[3]) if needed else (0,)
-    return key.new_empty(shape, dtype=torch.float32)
-
-
-def _fake_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    return_final_state: bool,
-    precision: str,
-    may_read: bool,
-) -> tuple[Tensor, Tensor]:
-    output = lightning.empty_output(query, value)
-    return output, _empty_state(key, value, cu_seqlens, return_final_state)
-
-
-def _differentiate(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    grad_output: Tensor,
-    grad_final_state: Tensor | None,
-    scale: float,
-    precision: str,
-    may_read: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and initial state (empty without one)."""
-    tensors = query, key, value, grad_output
-    query, key, value, grad_output = (_contiguous_last(x) for x in tensors)
-    num_scans = lightning.scans_of_backward(key.shape[3], value.shape[3])
-    call = Call(key, value, log_decay, cu_seqlens, precision, may_read, num_scans, backward=True)
-    schedule = schedule_of(call)
-    grad_state = _empty_state(key, value, cu_seqlens, initial_state is not None)
-    grads = lightning.backward(
-        query, key, value, _decay_of(log_decay, key), schedule, grad_output,
-        None if grad_final_state is None else grad_final_state.contiguous(),
-        scale=scale,
-        initial_state=None if initial_state is None else initial_state.float().contiguous(),
-        grad_initial_state=None if initial_state is None else grad_state,
-        precision=precision,
-    )  # fmt: skip
-    return *grads, grad_state
-
-
-def _fake_differentiate(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    grad_output: Tensor,
-    grad_final_state: Tensor | None,
-    scale: float,
-    precision: str,
-    may_read: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    dq, dk, dv = (torch.empty_like(x, memory_format=contiguous) for x in (query, key, value))
-    return dq, dk, dv, _empty_state(key, value, cu_seqlens, initial_state is not None)
-
-
-_gradients = CustomOp("lightning_triton_backward", _differentiate, _fake_differentiate)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.scale, _, ctx.precision, ctx.may_read = inputs[6:]
-    ctx.set_materialize_grads(False)
-
-
-def _autograd_backward(
-    ctx: Any, grad_output: Tensor | None, grad_final_state: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    query, key, value, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
-    if grad_output is None:
-        grad_output = query.new_zeros(*query.shape[:3], value.shape[3])
-    if grad_final_state is not None and grad_final_state.numel() == 0:
-        grad_final_state = None
-    dq, dk, dv, grad_state = _gradients(
-        query, key, value, log_decay, initial_state, cu_seqlens, grad_output, grad_final_state,
-        ctx.scale, ctx.precision, ctx.may_read,
-    )  # fmt: skip
-    no_more = (None,) * 5
-    return dq, dk, dv, None, grad_state if initial_state is not None else None, *no_more
-
-
-_attention = CustomOp(
-    "lightning_triton",
-    _attend,
-    _fake_attend,
-    setup_context=_save_for_backward,
-    backward=_autograd_backward,
-)
+_ops = LightningOps("triton", lightning, lightning_decode.decode_)
 
 
 def lightning_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    scale: float = 1.0,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    precision: str = "default",
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **flags: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Output `[B, H, T, V]` and final states (float32, `[B or documents, H, K, V]`) or None."""
-    may_read = not torch.compiler.is_compiling()
-    output, state = _attention(
-        query, key, value, log_decay, initial_state, cu_seqlens,
-        float(scale), return_final_state, precision, may_read,
-    )  # fmt: skip
-    return output, state if return_final_state else None
+    return _ops.lightning_attention(query, key, value, log_decay, **flags)
 
 
 def lightning_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, cu_seqlens: Tensor, **flags: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`lightning_attention` over packed documents."""
-    return lightning_attention(query, key, value, log_decay, cu_seqlens=cu_seqlens, **flags)
+    return _ops.lightning_attention(query, key, value, log_decay, cu_seqlens=cu_seqlens, **flags)
 
 
-def _sum_up(
-    key: Tensor, value: Tensor, log_decay: Tensor, initial_state: Tensor | None, may_read: bool
-) -> Tensor:
-    key, value = _contiguous_last(key), _contiguous_last(value)
-    call = Call(key, value, log_decay, None, "default", may_read, states_only=True)
-    schedule = schedule_of(call)
-    initial = None if initial_state is None else initial_state.float().contiguous()
-    return lightning.final_states(
-        key, value, _decay_of(log_decay, key), schedule, initial_state=initial
-    )
-
-
-def _fake_sum_up(
-    key: Tensor, value: Tensor, log_decay: Tensor, initial_state: Tensor | None, may_read: bool
-) -> Tensor:
-    return _empty_state(key, value, None, True)
-
-
-def _save_for_state_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.may_read = inputs[4]
-
-
-def _autograd_state_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient of attention whose output has none: queries don't matter then."""
-    key, value, log_decay, initial_state = ctx.saved_tensors
-    nothing = torch.zeros_like(value)
-    _, dk, dv, grad_state = _gradients(
-        key, key, value, log_decay, initial_state, None, nothing, grad, 1.0, "default", ctx.may_read
-    )
-    return dk, dv, None, grad_state if initial_state is not None else None, None
-
-
-_state = CustomOp(
-    "lightning_state_triton",
-    _sum_up,
-    _fake_sum_up,
-    setup_context=_save_for_state_backward,
-    backward=_autograd_state_backward,
-)
-
-
-def lightning_state(
-    key: Tensor, value: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None
-) -> Tensor:
+def lightning_state(key: Tensor, value: Tensor, log_decay: Tensor, **flags: Any) -> Tensor:
     """State `[B, H, K, V]` float32 after all tokens."""
-    may_read = not torch.compiler.is_compiling()
-    return _state(key, value, log_decay, initial_state, may_read)
-
-
-def _step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    slots: Tensor | None,
-    scale: float,
-) -> Tensor:
-    query, key, value = (_contiguous_last(x) for x in (query, key, value))
-    decay = _decay_of(log_decay, query)
-    return lightning_decode.decode_(query, key, value, decay, state, slots=slots, scale=scale)
-
-
-def _fake_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    slots: Tensor | None,
-    scale: float,
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
-
-
-_decode_ = CustomOp("lightning_decode_triton_", _step, _fake_step, mutates=("state", 4))
+    return _ops.lightning_state(key, value, log_decay, **flags)
 
 
 def lightning_decode_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    *,
-    slots: Tensor | None = None,
-    scale: float = 1.0,
-    precision: str = "default",
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor, **flags: Any
 ) -> Tensor:
-    """Output `[B, H, 1, V]` of one token; `state` (any strides, values contiguous) is updated.
-
-    Every precision is met, since all arithmetic is float32.
-
-    Raises:
-        ValueError: for a state whose last dimension is not contiguous.
-    """
-    if state.stride(3) != 1:
-        raise ValueError(
-            f"expected a state with a contiguous last dim, got stride {state.stride(3)}"
-        )
-    return _decode_(query, key, value, log_decay, state, slots, float(scale))
+    """Output `[B, H, 1, V]` of one token; `state` (any strides, values contiguous) is updated."""
+    return _ops.lightning_decode_(query, key, value, log_decay, state, **flags)

@@ -83,7 +83,7 @@ def _outcome(command: list[str], budget_s: float, pattern: str) -> Row:
 def small_calls() -> None:
     """Forward, backward, packed and decoding calls of odd sizes, for the sanitizer to look at."""
     import attnlab
-    from attnlab.triton_schedules import forced_plan
+    from attnlab.schedules import forced_plan
 
     g = torch.tensor([-0.3, -0.05], device="cuda")
     for dim, mode in itertools.product((64, 128), ("single", "halo", "two-pass")):

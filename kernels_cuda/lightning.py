@@ -41,7 +41,7 @@ class Schedule(Protocol):
 
 
 class Scan(NamedTuple):
-    """Operands `[B, H, T, D]` of one scan and where its result goes, `[B, H, T, D]` contiguous."""
+    """Operands `[B, H, T, D]` of one scan and where its result goes, rows at multiples of 16 bytes."""
 
     a: Tensor
     b: Tensor
@@ -64,7 +64,7 @@ class _Operand(ctypes.Structure):
 
 
 class _ScanOperands(ctypes.Structure):
-    _fields_ = (("a", _Operand), ("b", _Operand), ("c", _Operand), ("out", c_void_p))
+    _fields_ = (("a", _Operand), ("b", _Operand), ("c", _Operand), ("out", _Operand))
 
 
 class _States(ctypes.Structure):
@@ -86,8 +86,6 @@ class _ScanParams(ctypes.Structure):
         ("num_key_scans", c_int),
         ("first_kept", c_int),
         ("heads_per_row", c_int),
-        ("num_heads", c_int),
-        ("num_tokens", c_int),
         ("c_dim", c_int),
         ("with_output", c_int),
     )
@@ -130,20 +128,17 @@ def instance_of(b_dim: int, dtype: torch.dtype, tile: Tile, precision: str) -> I
 
 
 def why_not(
-    key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, precision: str
+    key_dim: int, value_dim: int, dtype: torch.dtype, device_type: str, precision: str
 ) -> str | None:
     """Why the kernels of a call can't be had (its dims and dtype being right), None if they can."""
+    device = module.current_device(device_type)
     tile = tile_of(key_dim, value_dim, dtype, device, precision)
+    instances = [instance_of(dim, dtype, tile, precision) for dim in {key_dim, value_dim}]
     limit = tiles.shared_kib(module.loader.capability(device)) << 10
-    for dim in {key_dim, value_dim}:
-        instance = instance_of(dim, dtype, tile, precision)
-        if instance.shared_bytes > limit:
-            return f"needs {instance.shared_bytes} bytes of shared memory a block, got {limit}"
-        try:
-            module.kernel(instance, device)
-        except module.KernelError as error:
-            return str(error)
-    return None
+    needed = max(instance.shared_bytes for instance in instances)
+    if needed > limit:
+        return f"needs {needed} bytes of shared memory a block, and a GPU like this one has {limit}"
+    return module.why_not_compiled([*instances, PREFIX], device)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -187,9 +182,9 @@ def launch_scans(
     as c. Scans from `first_kept` on leave their last states in `final`. Without `output` only
     states are computed, and a and out are not touched.
     """
-    _, b, c, out = scans[0]
+    _, b, c, _ = scans[0]
     kept = [Scan(*(_aligned(x) for x in scan[:3]), scan.out) for scan in scans]
-    operands = [_ScanOperands(*map(_operand, scan[:3]), scan.out.data_ptr()) for scan in kept]
+    operands = [_ScanOperands(*map(_operand, scan)) for scan in kept]
     params = _ScanParams(
         (_ScanOperands * 3)(*operands),
         units.data_ptr(),
@@ -202,8 +197,6 @@ def launch_scans(
         num_key,
         first_kept,
         heads_per_row,
-        out.shape[1],
-        out.shape[2],
         c.shape[3],
         output,
     )
@@ -259,7 +252,7 @@ def forward(
 ) -> Tensor:
     """Output `[B, H, T, V]`; the states after the last tokens go to `final_state`, if given."""
     tile = tile_of(key.shape[3], value.shape[3], key.dtype, key.device, precision)
-    scan = Scan(query, key, value, query.new_empty(*query.shape[:3], value.shape[3]))
+    scan = Scan(query, key, value, empty_output(query, value))
     flags = {"scale": scale, "precision": precision}
     workspace = entering_states(scan, log_decay, schedule, tile, initial_state, back=False, **flags)
     launch_scans(
@@ -267,6 +260,17 @@ def forward(
         forward_states=States(initial_state, workspace), final=final_state, **flags,
     )  # fmt: skip
     return scan.out
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """`[B, H, T, V]`, tokens before heads in memory where the queries have them so.
+
+    A model that splits `[B, T, H K]` into heads can put them together again without a copy.
+    """
+    batch, heads, num_tokens, _ = query.shape
+    if query.stride(2) > query.stride(1):
+        return query.new_empty(batch, num_tokens, heads, value.shape[3]).transpose(1, 2)
+    return query.new_empty(batch, heads, num_tokens, value.shape[3])
 
 
 def scans_of_backward(key_dim: int, value_dim: int) -> int:

@@ -50,6 +50,14 @@ def instance_of(key_dim: int, value_dim: int, dtype: torch.dtype, vector: int) -
     )
 
 
+def why_not(
+    key_dim: int, value_dim: int, dtype: torch.dtype, device_type: str, precision: str
+) -> str | None:
+    """Why the kernels of a step can't be had (its dims and dtype being right), None if they can."""
+    instances = [instance_of(key_dim, value_dim, dtype, vector) for vector in (1, 4)]
+    return module.why_not_compiled(instances, module.current_device(device_type))
+
+
 def decode_(
     query: Tensor,
     key: Tensor,

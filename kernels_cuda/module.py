@@ -96,7 +96,8 @@ class Driver:
             return "needs a CUDA driver and a device that torch can use"
         capability = torch.cuda.get_device_capability()
         if capability < OLDEST:
-            return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, got {capability}"
+            needed, got = (".".join(map(str, x)) for x in (OLDEST, capability))
+            return f"needs compute capability {needed}, got {got}"
         return None
 
     def capability(self, device: torch.device) -> tuple[int, int]:
@@ -207,3 +208,27 @@ loader: Loader = Driver()  # tests put one in its place that builds for the host
 def kernel(instance: Instance, device: torch.device) -> Kernel:
     """The kernel of an instance on a device, compiled and loaded at its first use."""
     return loader.load(instance, device)
+
+
+def current_device(device_type: str) -> torch.device:
+    """The device of a type that calls go to unless they say otherwise."""
+    if device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device_type)
+
+
+_failures: dict[tuple[Instance, torch.device], str] = {}
+
+
+def why_not_compiled(instances: list[Instance], device: torch.device) -> str | None:
+    """Why one of the kernels can't be compiled or loaded, None if they all are now."""
+    for instance in instances:
+        key = instance, device
+        if key not in _failures:
+            try:
+                kernel(instance, device)
+                continue
+            except KernelError as error:
+                _failures[key] = str(error)  # not tried again
+        return _failures[key]
+    return None

@@ -17,7 +17,8 @@ from attnlab.testing import assert_as_accurate
 
 MODULES = {
     **{
-        (op, "triton"): "attnlab.triton_backend"
+        (op, backend): f"attnlab.{backend}_backend"
+        for backend in ("triton", "cuda")
         for op in (
             "lightning_attention",
             "lightning_attention_varlen",
@@ -84,7 +85,6 @@ SOFTMAX_CASES = pairwise(
     causal=[True, False],
     layout=["contiguous", "bthd"],
 )
-
 
 CACHE_CASES = pairwise(
     C=[1, 64, 65, 300, 700],

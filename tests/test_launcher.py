@@ -75,7 +75,7 @@ def calls():
     """Calls by name that differ in what compiled code may depend on."""
     from attnlab import triton_backend, triton_softmax
     from attnlab.problem import Problem
-    from attnlab.triton_schedules import forced_plan
+    from attnlab.schedules import forced_plan
 
     def inputs(T=200, dtype=torch.bfloat16, B=1):
         shape = {"batch": B, "heads": 2, "kv_heads": 2, "q_len": T, "kv_len": T}

@@ -21,7 +21,7 @@ import attnlab
 from attnlab import segments, testing
 from attnlab.problem import Problem
 from attnlab.testing import assert_as_accurate
-from kernels_triton import tiles
+from kernels_triton import lightning, tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,11 +75,11 @@ def assert_right(inputs, **flags):
 
 @pytest.fixture
 def schedules():
-    from attnlab import triton_schedules
+    from attnlab import schedules
 
-    triton_schedules._schedules.clear()
-    yield triton_schedules
-    triton_schedules._schedules.clear()
+    schedules._schedules.clear()
+    yield schedules
+    schedules._schedules.clear()
 
 
 @pytest.fixture(params=[1, 132], ids=["1mp", "132mp"])
@@ -185,7 +185,8 @@ def test_a_repeated_call_plans_nothing(schedules, monkeypatch, device):
 def test_values_that_are_unknown_give_the_same_units(schedules, packed, device):
     inputs = inputs_of(device, B=1 if packed else 3)
     bounds = torch.tensor([0, 90, 90, 200], device=device) if packed else None
-    call = schedules.Call(inputs.key, inputs.value, inputs.log_decay, bounds, "default", True)
+    tile = lightning.tile_of(64, 64, inputs.key.dtype, inputs.key.device, "default")
+    call = schedules.Call(inputs.key, inputs.value, inputs.log_decay, bounds, tile, True)
     with schedules.forced_plan("single"):
         known, unknown = schedules.schedule_of(call), schedules.whole_sequences(call)
     assert sorted(known.units.tolist()) == sorted(unknown.units.tolist())

@@ -122,7 +122,7 @@ struct Scan {
         if (n < chunks.count) {
             const int stage = n % STAGES, num_rows = chunks.num_rows(n, CHUNK);
             const int token = chunks.token(n, CHUNK);
-            const Operand &a = operands.a, &b = operands.b, &c = operands.c;
+            const auto &a = operands.a, &b = operands.b, &c = operands.c;
             b_tile(stage).template fetch<NUM_THREADS>(
                 b.row(unit.batch, unit.head, token), b.token_stride, num_rows);
             c_tile(stage).template fetch<NUM_THREADS>(
@@ -232,13 +232,12 @@ struct Scan {
                     *(uint32*)place = E::pack(sums[i][c][half * 2], sums[i][c][half * 2 + 1]);
                 }
         __syncwarp();  // protects the strip: the warp has written all of it
-        const int64 first = ((int64)unit.batch * params.num_heads + unit.head) * params.num_tokens;
+        unsigned short* to = operands.out.row(unit.batch, unit.head, token) + column + warp * 16;
 #pragma unroll
         for (int i = 0; i < CHUNK / 16; ++i) {
             const int r = i * 16 + lane / 2, c = lane % 2;
             const uint4 values = *(const uint4*)(strip + r * 32 + (c ^ (r / 4 % 2)) * 16);
-            unsigned short* to = operands.out + (first + token + r) * params.c_dim;
-            if (r < num_rows) *(uint4*)(to + column + warp * 16 + c * 8) = values;
+            if (r < num_rows) *(uint4*)(to + r * operands.out.token_stride + c * 8) = values;
         }
     }
 

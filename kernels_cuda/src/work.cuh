@@ -6,18 +6,19 @@
 #include "ptx.cuh"
 
 // [B, H, T, D] with contiguous D; strides in elements, rows aligned to 16 bytes.
+template <class Element>
 struct Operand {
-    const unsigned short* data;
+    Element* data;
     int64 batch_stride, head_stride, token_stride;
 
-    __device__ const unsigned short* row(int batch, int head, int token) const {
+    __device__ Element* row(int batch, int head, int token) const {
         return data + batch * batch_stride + head * head_stride + token * token_stride;
     }
 };
 
 struct ScanOperands {
-    Operand a, b, c;
-    unsigned short* out;  // [B, H, T, dim of c], contiguous
+    Operand<const unsigned short> a, b, c;
+    Operand<unsigned short> out;  // [B, H, T, dim of c]
 };
 
 // States [rows, K, V] float32 that scans of one direction in time start from; null: zeros.
@@ -38,7 +39,6 @@ struct ScanParams {
     int num_key_scans;   // scans up to here have keys (or gradients of keys) as c
     int first_kept;      // scans from here on leave their last states in final_states
     int heads_per_row;   // heads that a row of units stands for
-    int num_heads, num_tokens;
     int c_dim;
     int with_output;     // 0: states alone, a and out are not touched
 };

@@ -19,9 +19,9 @@ HERE = Path(__file__).parent
 BUILDS = Path(tempfile.gettempdir()) / "attnlab_cuda_on_host"
 OPTIONS = ("-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-shared", "-pthread", "-w")
 ENTRY = """
-extern "C" void launch(const void* params, unsigned grid, unsigned threads, int eager) {
+extern "C" const char* launch(const void* params, unsigned grid, unsigned threads, int eager) {
     host::copies_are_eager = eager;
-    host::run_grid(%s, params, grid, threads);
+    return host::run_grid(%s, params, grid, threads);
 }
 """
 
@@ -29,13 +29,19 @@ extern "C" void launch(const void* params, unsigned grid, unsigned threads, int 
 class HostLoader:
     """Builds kernels with g++; `capability` is that of the GPU whose table of tiles is used.
 
-    With `copies_are_eager` an asynchronous copy happens at once, else when it is waited for.
+    With `copies_are_eager` an asynchronous copy happens at once, else when it is waited for. `change`
+    replaces a piece of the scan kernel's text, for planted defects.
     """
 
     def __init__(
-        self, capability: tuple[int, int] = (9, 0), copies_are_eager: bool = False
+        self,
+        capability: tuple[int, int] = (9, 0),
+        *,
+        copies_are_eager: bool = False,
+        change: tuple[str, str] | None = None,
     ) -> None:
         self._capability, self._copies_are_eager = capability, copies_are_eager
+        self._change = change
 
     def why_not(self, device_type: str) -> str | None:
         return None if device_type == "cpu" else f"runs on the CPU here, got {device_type}"
@@ -44,20 +50,21 @@ class HostLoader:
         return self._capability
 
     def load(self, instance: Instance, device: torch.device) -> module.Kernel:
-        library = ctypes.CDLL(str(built(instance)))
+        change = self._change if instance.name == "scan" else None
+        function = ctypes.CDLL(str(built(instance, change))).launch
+        function.restype = ctypes.c_char_p
 
         def launch(grid: int, params: ctypes.Structure, device: torch.device) -> None:
             eager = int(self._copies_are_eager)
-            library.launch(ctypes.byref(params), grid, instance.num_threads, eager)
+            failure = function(ctypes.byref(params), grid, instance.num_threads, eager)
+            if failure:
+                raise KernelError(failure.decode())
 
         return launch
 
 
 def built(instance: Instance, change: tuple[str, str] | None = None) -> Path:
-    """The library of an instance, from an earlier build of the same text where there is one.
-
-    `change` replaces a piece of the text, for planted defects.
-    """
+    """The library of an instance, from an earlier build of the same text where there is one."""
     text = instance.source(HERE) + ENTRY % instance.name
     if change is not None:
         if change[0] not in text:

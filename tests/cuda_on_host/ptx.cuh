@@ -48,27 +48,26 @@ struct float16 {
 // ---- Copies: groups of a thread, done when it waits for them ----
 
 inline void copy_async(void* shared, const void* global, bool is_there) {
-    auto copy = [=] {
-        if (is_there) std::memcpy(shared, global, 16);
-        else std::memset(shared, 0, 16);
-    };
-    if (host::copies_are_eager) copy();
-    else host::current().open_copies.push_back(copy);
+    const host::Copy copy = {shared, is_there ? global : nullptr};
+    if (host::copies_are_eager) copy.happen();
+    else host::current().copies.push_back(copy);
 }
 
 inline void copy_commit() {
-    auto& thread = host::current();
-    thread.groups.push_back(std::move(thread.open_copies));
-    thread.open_copies.clear();
+    host::Fibre& thread = host::current();
+    thread.group_ends.push_back(thread.copies.size());
 }
 
 template <int PENDING>
 void copy_wait() {
-    auto& groups = host::current().groups;
-    while (groups.size() > PENDING) {
-        for (auto& copy : groups.front()) copy();
-        groups.pop_front();
-    }
+    host::Fibre& thread = host::current();
+    auto& ends = thread.group_ends;
+    if (ends.size() <= PENDING) return;
+    const size_t num_groups = ends.size() - PENDING, num_copies = ends[num_groups - 1];
+    for (size_t n = 0; n < num_copies; ++n) thread.copies[n].happen();
+    thread.copies.erase(thread.copies.begin(), thread.copies.begin() + num_copies);
+    ends.erase(ends.begin(), ends.begin() + num_groups);
+    for (size_t& end : ends) end -= num_copies;
 }
 
 // ---- Matrix fragments of a warp ----

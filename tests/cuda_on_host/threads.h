@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <thread>
@@ -44,12 +43,22 @@ struct Gate {  // opens when all members have come, and is then shut again
     unsigned arrived = 0, times_open = 0;
 };
 
+struct Copy {  // of 16 bytes, or of zeros
+    void* to;
+    const void* from;
+
+    void happen() const {
+        if (from) std::memcpy(to, from, 16);
+        else std::memset(to, 0, 16);
+    }
+};
+
 struct Fibre {
     ucontext_t start;
     jmp_buf here;
     bool started, done;
-    std::vector<std::function<void()>> open_copies;
-    std::deque<std::vector<std::function<void()>>> groups;
+    std::vector<Copy> copies;        // asynchronous ones that have not happened
+    std::vector<size_t> group_ends;  // where the groups of copies end
 };
 
 struct Warp {
@@ -72,9 +81,12 @@ struct Block {
 inline thread_local Block* block;
 inline Fibre& current() { return block->fibres[block->current]; }
 
+inline char failure[200];  // of the last launch, empty if there is none
+
+// End the block, and have the launch say why.
 [[noreturn]] inline void fail(const char* what) {
-    std::fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
-    std::abort();
+    std::snprintf(failure, sizeof failure, "block %u, thread %u: %s", blockIdx.x, threadIdx.x, what);
+    _longjmp(block->finished, 1);
 }
 
 [[noreturn]] inline void resume(unsigned next) {
@@ -130,7 +142,7 @@ inline void run_fibre() {
     block->body();
     Fibre& fibre = current();
     fibre.done = true;
-    if (!fibre.open_copies.empty()) fail("copies without a group at the end");
+    if (!fibre.copies.empty()) fail("ends before its copies");
     if (++block->num_done == block->fibres.size()) _longjmp(block->finished, 1);
     unsigned next = block->current;
     while (block->fibres[next].done) next = (next + 1) % block->fibres.size();
@@ -148,7 +160,8 @@ inline void run_block(unsigned index) {
     for (size_t n = 0; n < block->fibres.size(); ++n) {
         Fibre& fibre = block->fibres[n];
         fibre.started = fibre.done = false;
-        fibre.groups.clear();
+        fibre.copies.clear();
+        fibre.group_ends.clear();
         if (block->stacks.size() <= n) block->stacks.emplace_back(new char[STACK_BYTES]);
         getcontext(&fibre.start);
         fibre.start.uc_stack.ss_sp = block->stacks[n].get();
@@ -158,8 +171,10 @@ inline void run_block(unsigned index) {
     if (_setjmp(block->finished) == 0) resume(0);
 }
 
+// Empty, or what went wrong.
 template <class Params>
-void run_grid(void (*kernel)(Params), const void* params, unsigned grid, unsigned threads) {
+const char* run_grid(void (*kernel)(Params), const void* params, unsigned grid, unsigned threads) {
+    failure[0] = 0;
     std::atomic<unsigned> next{0};
     auto work = [&] {
         Block own;
@@ -173,6 +188,7 @@ void run_grid(void (*kernel)(Params), const void* params, unsigned grid, unsigne
     for (unsigned n = 0; n < std::min(grid, std::thread::hardware_concurrency()); ++n)
         workers.emplace_back(work);
     for (auto& worker : workers) worker.join();
+    return failure;
 }
 
 }  // namespace host

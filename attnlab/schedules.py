@@ -1,4 +1,4 @@
-"""Schedules of the Triton kernels: a call's plan, as tables on its device, made once and remembered.
+"""Schedules of the lightning kernels: a call's plan, as tables on its device, made once and remembered.
 
 Legend: B batch, H heads, T tokens, K key dim, V value dim, N documents.
 
@@ -13,18 +13,39 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from attnlab.checks import recall, remembered, values_of
 from attnlab.planner import Machine, Plan, Unit, plan
-from kernels_triton import lightning
 
 MAX_REMEMBERED = 256
 
-_schedules: OrderedDict[tuple, lightning.Schedule] = OrderedDict()
+
+class Tile(Protocol):
+    """How kernels cut a call: tokens a chunk, columns a program, programs a multiprocessor holds."""
+
+    @property
+    def chunk(self) -> int: ...  # noqa: D102
+    @property
+    def width(self) -> int: ...  # noqa: D102
+    @property
+    def programs_per_sm(self) -> int: ...  # noqa: D102
+
+
+class Schedule(NamedTuple):
+    """Tables int32 of work units on a device, as `kernels_triton.lightning` and others read them."""
+
+    units: Tensor  # [U, 9]
+    heads_per_row: int
+    state_units: Tensor | None = None  # [U, 9]
+    chains: Tensor | None = None  # [N, 5]
+    num_workspace_rows: int = 0
+
+
+_schedules: OrderedDict[tuple, Schedule] = OrderedDict()
 _forced: tuple[str | None, int | None] = (None, None)  # mode, segments
 
 
@@ -46,14 +67,13 @@ class Call(NamedTuple):
     value: Tensor  # [B, H, T, V]
     log_decay: Tensor  # [H]
     cu_seqlens: Tensor | None  # [N + 1]
-    precision: str
+    tile: Tile
     may_read: bool  # whether values may be read at the cost of a synchronisation
     num_scans: int = 1  # that share a grid
     states_only: bool = False
-    backward: bool = False
 
 
-def schedule_of(call: Call) -> lightning.Schedule:
+def schedule_of(call: Call) -> Schedule:
     """Table of a call's work units, from memory where it was made before."""
     decays = _known_values(call.log_decay, call.may_read)
     bounds: tuple | None = (0, call.key.shape[2])
@@ -75,11 +95,10 @@ def schedule_of(call: Call) -> lightning.Schedule:
     return _schedules[remembered_as]
 
 
-def planned_schedule(call: Call, bounds: tuple, decays: tuple | None) -> lightning.Schedule:
+def planned_schedule(call: Call, bounds: tuple, decays: tuple | None) -> Schedule:
     """Plan a call whose bounds are known, and write its tables; unknown decays count as none."""
     batch, heads, device = call.key.shape[0], call.key.shape[1], call.key.device
-    dims = call.key.shape[3], call.value.shape[3]
-    tile = lightning.tile_of(*dims, call.key.dtype, device, call.precision, backward=call.backward)
+    dims, tile = (call.key.shape[3], call.value.shape[3]), call.tile
     machine = Machine(
         slots=tile.programs_per_sm * num_multiprocessors(device),
         programs_per_unit=call.num_scans * -(-max(dims) // tile.width),
@@ -93,7 +112,7 @@ def planned_schedule(call: Call, bounds: tuple, decays: tuple | None) -> lightni
     return on_device(planned, ranges, heads, tile.chunk, device, call.states_only)
 
 
-def whole_sequences(call: Call) -> lightning.Schedule:
+def whole_sequences(call: Call) -> Schedule:
     """Whole sequences in order, made on the device from bounds that the host doesn't know."""
     batch, heads, num_tokens = call.key.shape[:3]
     device = call.key.device
@@ -105,7 +124,7 @@ def whole_sequences(call: Call) -> lightning.Schedule:
         row = torch.zeros_like(start)
     zero, state = torch.zeros_like(row), torch.arange(len(row), device=device) * heads
     columns = row, zero, start, end, zero, end - start, state, zero - 1, state
-    return lightning.Schedule(torch.stack(columns, 1).to(torch.int32), heads)
+    return Schedule(torch.stack(columns, 1).to(torch.int32), heads)
 
 
 def on_device(
@@ -115,7 +134,7 @@ def on_device(
     chunk: int,
     device: torch.device,
     states_only: bool,
-) -> lightning.Schedule:
+) -> Schedule:
     """Write a plan as the table that the kernels read; `ranges` are batch, start, stop."""
 
     def row(unit: Unit, first_pass: bool) -> tuple[int, ...]:
@@ -136,13 +155,13 @@ def on_device(
     units = [u for u in planned.units if u.is_last] if states_only else planned.units
     main = table([row(u, False) for u in units])
     if not planned.chains:
-        return lightning.Schedule(main, planned.heads_per_unit)
+        return Schedule(main, planned.heads_per_unit)
     chains = [
         (c.head, c.sequence * heads + c.head, c.first_row, c.num_rows, c.chunks_per_row)
         for c in planned.chains
     ]
     first_pass = table([row(u, True) for u in planned.state_units])
-    return lightning.Schedule(main, 1, first_pass, table(chains), planned.num_workspace_rows)
+    return Schedule(main, 1, first_pass, table(chains), planned.num_workspace_rows)
 
 
 def is_capturing(x: Tensor) -> bool:
