@@ -193,7 +193,8 @@ def not_measured(rows: list[Row]) -> Table:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["status"] != "ok":
-            name = f"{row.get('op')} {row.get('backend')}"
+            model = row.get("model") if row.get("suite") == "retrieval" else None
+            name = model or f"{row.get('op')} {row.get('backend') or row.get('suite')}"
             groups.setdefault((name, row["status"]), []).append(row)
     cells = []
     severity = {status: i for i, status in enumerate(reversed(STATUSES))}

@@ -11,6 +11,7 @@ import torch
 
 from attnlab.retrieval.intervals import wilson
 from attnlab.retrieval.probe import (
+    CHUNK,
     READINGS,
     Head,
     Recall,
@@ -61,12 +62,19 @@ class ProbeUnit:
     def sources(self) -> tuple[str, ...]:
         return SOURCES
 
+    def version(self) -> str:
+        return ""
+
     def work(self) -> float:
         heads = len(self.heads()) if self.op == "lightning" else 1
         return self.stream.num_tokens * self.stream.head_dim**2 * heads + CALLS
 
     def series(self) -> str:
         return self.op
+
+    def memory_bytes(self, device: str) -> int:
+        """Keys and values of a chunk, copied for each head, a few times over."""
+        return 8 * 4 * CHUNK * self.stream.head_dim * max(len(self.heads()), 16)
 
     def measure(self, device: str) -> list[Row]:
         flags = {"device": device, "dtype": getattr(torch, self.dtype)}

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import document as doc
-from bench import parts_figure
+from bench import parts_figure, retrieval_figures, retrieval_report
 from bench.findings import (
     crossover_table,
     exponent_table,
@@ -21,9 +21,10 @@ from bench.findings import (
     status_counts,
     time_table,
 )
-from bench.lines import Row, by_configuration, describe, latest
+from bench.lines import SUITES, Row, by_configuration, describe, latest
 from bench.plots import QUANTITIES, figure_name, figures_of, write_figures
 from bench.rows import load_rows
+from bench.units import settled
 
 BROKEN = ("failed_accuracy", "error")
 CAPTIONS = {
@@ -49,6 +50,8 @@ METHOD = [
     "Models: before a point is timed, logits of its last tokens are computed once more with other "
     "backends and in other pieces (transformers' are compared with ours); gradients are compared "
     "with those of the ops' definitions. The median of the relative differences is judged.",
+    "Recall: shares of items found, with Wilson's 95 % interval. The probe asks for 64 pairs a marker; "
+    "a trained model is asked for 64 items or more a length, 8 in each eighth of the depth.",
     "Limit: the larger of the counted operations over the measured matrix-product ceiling and the "
     "least traffic over the measured copy ceiling. A share of 100 % is a call at that ceiling; "
     "one above it worked from a cache.",
@@ -66,22 +69,26 @@ def write_report(folder: Path) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     export(rows, folder)
-    rows = latest(rows)
-    blocks = report_blocks(folder, rows, manifest, set(write_figures(rows, folder / "figures")))
+    rows = settled(latest(rows))
+    figures = set(write_figures(rows, folder / "figures"))
+    recall = retrieval_figures.write_figures(rows, folder / "figures")
+    blocks = report_blocks(folder, rows, manifest, figures, recall)
     (folder / "summary.md").write_text(doc.to_markdown(blocks), encoding="utf-8")
     page = doc.to_html(f"Benchmark run {folder.resolve().name}", blocks)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def report_blocks(
-    folder: Path, rows: list[Row], manifest: dict, figures: set[Path]
+    folder: Path, rows: list[Row], manifest: dict, figures: set[Path], recall: dict[str, Path]
 ) -> list[doc.Block]:
     blocks = [doc.Heading(1, f"Benchmark run {folder.resolve().name}"), *alert(rows)]
-    blocks += [doc.Text(status_counts(rows))]
+    timed = [row for row in rows if row.get("suite") in SUITES]
+    blocks += [doc.Text(status_counts(timed or rows))]
     for i, group in enumerate(by_configuration(rows)):
         pictures = {name: folder / "figures" / figure_name(name, i) for name in figures_of(group)}
         drawn = {name: path for name, path in pictures.items() if path in figures}
         blocks += configuration_blocks(group, drawn)
+    blocks += retrieval_report.blocks(rows, recall)
     skipped = not_measured(rows)
     if skipped.rows:
         blocks += [doc.Heading(2, "Points that were not measured"), skipped]

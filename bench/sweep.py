@@ -21,12 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from attnlab.registry import check_backend_name
-from bench import plan, rows
+from bench import plan, probe_suite, retrieval_suite, rows
 from bench.calls import OPS, PASSES
 from bench.inputs import Source, check_corpus
 from bench.report import write_report
 from bench.rows import Point, Row
-from bench.suites import UNITS
 from bench.timing import CEILING_ROUNDS
 from bench.units import run_units
 from bench.worker import Task, Worker
@@ -36,8 +35,9 @@ DEFAULTS = {
     "cuda": {"heads": 16, "head_dim": 128, "dtype": "bfloat16", "budget": 1500, "point_budget": 90},
 }
 RUNS = plan.ROOT / "results" / "runs"
-SUITES = ("probe", "ops")
-UNIT_SHARES = {"probe": 0.12}  # of the budget, at most
+SUITES = ("probe", "retrieval", "ops")
+UNITS = {"probe": probe_suite, "retrieval": retrieval_suite}  # whose points give several rows
+UNIT_SHARES = {"probe": 0.12, "retrieval": 0.18}  # of the budget, at most
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -4,27 +4,40 @@ A unit runs in a worker process, as points do, and its rows are appended togethe
 many rows its unit has, so that a unit that a kill cut short is done again when the run is resumed.
 """
 
+import argparse
 import hashlib
 import json
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from bench import rows
-from bench.plan import ROOT
+from bench.plan import MEMORY_SHARE, ROOT
 from bench.rows import Row
 from bench.worker import Worker, WorkerDied
-
-if TYPE_CHECKING:
-    from bench.sweep import Sweep
 
 FIELDS = (  # of every row, null where a suite has no use for them
     *("suite", "op", "backend", "pass", "batch", "heads", "kv_heads", "q_len", "head_dim"),
     *("value_dim", "dtype", "device", "model", "layer", "precision", "input"),
 )
 MARGIN = 1.3  # a prediction may be this much too low
+
+
+class Bench(Protocol):
+    """The run that units belong to: a sweep, or an evaluation of trained models."""
+
+    arguments: argparse.Namespace  # of which `device` is used, "cpu" or "cuda"
+    folder: Path
+    device_name: str
+    in_process: bool
+    origin: rows.Origin
+    stopping: bool
+
+    def used_s(self) -> float:
+        """Seconds of the budget used so far."""
 
 
 class Unit(Protocol):
@@ -41,11 +54,17 @@ class Unit(Protocol):
     def sources(self) -> tuple[str, ...]:
         """Files and folders that it runs, from the repository's root."""
 
+    def version(self) -> str:
+        """What else makes it another measurement when it changes: a hash of weights, or ""."""
+
     def work(self) -> float:
         """Operations, up to a factor that units of one `series` share."""
 
     def series(self) -> str:
         """Units whose times follow from one another by their work."""
+
+    def memory_bytes(self, device: str) -> int:
+        """Bytes that it needs at most."""
 
     def measure(self, device: str) -> list[Row]:
         """The rows' own fields, measured on "cpu" or "cuda"."""
@@ -55,8 +74,8 @@ class Unit(Protocol):
 
 
 def fingerprint(unit: Unit) -> str:
-    """Hash of the sources of a unit: when they change it is measured again."""
-    digest = hashlib.sha256()
+    """Hash of a unit's sources and version: when they change it is measured again."""
+    digest = hashlib.sha256(unit.version().encode())
     for name in unit.sources():
         path = ROOT / name
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
@@ -71,24 +90,24 @@ def _hash(*parts: object) -> str:
 
 
 def run_units(
-    sweep: "Sweep", units: Iterable[Unit], done: dict[str, Row], until_s: float
+    sweep: Bench, units: Iterable[Unit], done: dict[str, Row], until_s: float
 ) -> list[Row]:
     """Rows of all units; those that `done` has no measured rows of are measured or skipped.
 
     `until_s` is the use of the sweep's budget at which this has to have ended: what would take longer
     is skipped with its prediction.
     """
-    earlier: dict[str, list[Row]] = {}
+    earlier: dict[tuple[str, str], list[Row]] = {}
     for row in done.values():
         if row.get("unit") and row["status"] == "ok":
-            earlier.setdefault(row["unit"], []).append(row)
+            earlier.setdefault((row["unit"], row["fingerprint"]), []).append(row)
     collected: list[Row] = []
     seconds: dict[str, list[tuple[float, float]]] = {}  # by series: work and seconds
     worker = Worker(sweep.in_process)
     for unit in units:
         mark = fingerprint(unit)
-        name = _hash(unit.identity(), mark, sweep.device_name)
-        old = earlier.get(name, [])
+        name = _hash(unit.identity(), sweep.device_name)
+        old = earlier.get((name, mark), [])
         if old and len(old) == old[0]["unit_rows"]:
             collected += old
             continue
@@ -116,6 +135,43 @@ def run_units(
     return collected
 
 
+def settled(found: list[Row]) -> list[Row]:
+    """Rows without those of units that have newer ones: of other sources, or skipped before."""
+    last: dict[str, Row] = {row["unit"]: row for row in found if row.get("unit")}
+    measured = {
+        (row["unit"], row.get("fingerprint"))
+        for row in found
+        if row.get("unit") and row["status"] == "ok"
+    }
+
+    def holds(row: Row) -> bool:
+        if not row.get("unit"):
+            return True
+        mark = last[row["unit"]].get("fingerprint")
+        current = row.get("fingerprint") == mark
+        return current and (row["status"] == "ok" or (row["unit"], mark) not in measured)
+
+    return [row for row in found if holds(row)]
+
+
+def _skip(
+    unit: Unit, worker: Worker, device: str, predicted: float | None, left_s: float
+) -> Row | None:
+    """Status and reason if a unit should not run; None if it may."""
+    if left_s <= 0 or (predicted is not None and MARGIN * predicted > left_s):
+        guess = "an unknown time" if predicted is None else f"{predicted:.3g} s"
+        reason = f"would take {guess}, of the suite's time {max(left_s, 0):.3g} s are left"
+        return {"status": "skipped_budget", "reason": reason}
+    needed, free = unit.memory_bytes(device), worker.call("free_bytes", device)
+    if needed > MEMORY_SHARE * free:
+        reason = (
+            f"would take {needed / 2**30:.1f} GiB, "
+            f"{MEMORY_SHARE:.0%} of the {free / 2**30:.1f} GiB free is allowed"
+        )
+        return {"status": "skipped_memory", "reason": reason, "pred_bytes": needed}
+    return None
+
+
 def predicted_s(unit: Unit, earlier: list[tuple[float, float]]) -> float | None:
     """Seconds by the largest unit of the series so far, None where there is none."""
     if not earlier:
@@ -137,11 +193,13 @@ def _measured(worker: Worker, unit: Unit, device: str) -> tuple[list[Row], float
     return lost, time.perf_counter() - start
 
 
-def _whole(sweep: "Sweep", row: Row, mark: str, unit: str, count: int) -> Row:
+def _whole(sweep: Bench, row: Row, mark: str, unit: str, count: int) -> Row:
     base = {
         "schema": rows.SCHEMA,
         "run_id": sweep.folder.name,
-        "key": _hash(unit, {k: row.get(k) for k in ("op", "q_len", "distance", "depth", "cell")}),
+        "key": _hash(
+            unit, mark, {k: row.get(k) for k in ("op", "q_len", "distance", "depth", "cell")}
+        ),
         "fingerprint": mark,
         **dict.fromkeys(FIELDS),
         "commit": sweep.origin.commit,

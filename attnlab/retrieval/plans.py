@@ -62,7 +62,7 @@ class Plan:
             runs.append(self._run(name, best[name.partition(".")[0]], 0))
         if self.mqar is not None:
             runs += [
-                replace(self.mqar, model=kind, name=f"mqar-{kind}", learning_rate=best[kind])
+                replace(self.mqar, model=kind, name=f"{kind}-mqar", learning_rate=best[kind])
                 for kind in MQAR_MODELS
                 if kind in best
             ]
@@ -108,7 +108,7 @@ PLANS = {
         text=replace(
             _FULL,
             data="text",
-            name=f"text-{TEXT_MODEL}",
+            name=f"{TEXT_MODEL}-text",
             model=TEXT_MODEL,
             steps=3000,
             curriculum=Curriculum(shortest=256, stages=((0.5, 512), (1.0, 2048))),

@@ -1,0 +1,401 @@
+"""Figures of recall: of the untrained ops beside their prediction, of trained models by length and depth.
+
+A marker was measured, its bar is Wilson's 95 % interval; a line through markers joins them, a line
+without is the closed form of `attnlab.retrieval.theory`. Hatched cells were skipped.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter
+
+from attnlab.decay import minimax_log_decay
+from attnlab.retrieval import theory
+from attnlab.retrieval.intervals import wilson
+from attnlab.retrieval.probe import MINIMAX_HEADS, MINIMAX_LAYERS
+from bench import published
+from bench.fit import format_len
+from bench.lines import Row, format_bytes
+
+STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.grid": True, "grid.alpha": 0.3}
+PANEL = (5.0, 4.4)  # inches
+# Okabe-Ito colours; softmax warm and lightning blue as in the other figures.
+MODELS = {
+    "softmax": ("#D55E00", "v"),
+    "lightning": ("#0072B2", "o"),
+    "hybrid-7to1": ("#009E73", "s"),
+    "hybrid-3to1": ("#CC79A7", "D"),
+    "hybrid-1to1": ("#E69F00", "P"),
+}
+SHADES = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#777777", "#000000")
+HAYSTACKS = {
+    "needle": "needle in noise",
+    "number": "number in text",
+    "pass_key": "pass key in text",
+}
+
+
+def recall(rows: list[Row]) -> tuple[float, float, float]:
+    """Share of all items of some rows that were found, and its interval."""
+    correct, n = (sum(row[name] for row in rows) for name in ("correct", "n"))
+    return correct / n, *wilson(correct, n)
+
+
+def of_suite(rows: list[Row], suite: str) -> list[Row]:
+    """Measured rows of a suite."""
+    return [row for row in rows if row.get("suite") == suite and row["status"] == "ok"]
+
+
+def length_axis(axes: Axes, values: list[float]) -> None:
+    """Powers of two as 1K, 1M, at most eight of them, the largest always labelled."""
+    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+    step = 1 + (high - low) // 8
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator([2.0**p for p in range(high, low - 1, -step)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_len(x)))
+    axes.minorticks_off()
+
+
+def share_axis(axes: Axes) -> None:
+    """Accuracy from 0 to 100 %."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
+
+
+def draw_share(
+    axes: Axes, x: list[float], shares: list[tuple[float, float, float]], **style
+) -> None:
+    """Shares with bars of their intervals."""
+    middle = np.array([share for share, _, _ in shares])
+    bars = np.abs(np.array([(lo, hi) for _, lo, hi in shares]).T - middle)
+    axes.errorbar(x, middle, yerr=bars, capsize=2, elinewidth=1, **style)
+
+
+def head_label(row: Row) -> str:
+    """Which of MiniMax-01's heads a row is of, and in how many tokens its writes fade by a factor e."""
+    if row["slope"] == 0:
+        return "no decay"
+    fades = format_len(round(1 / row["slope"]))
+    return f"layer {row['layer'].partition('/')[0]}, head {row['head']}: 1/e in {fades}"
+
+
+def make_probe_figure(rows: list[Row]) -> Figure | None:
+    """Recall by distance and by number of tokens, measured and predicted; None without any."""
+    rows = of_suite(rows, "probe")
+    light = [row for row in rows if row["op"] == "lightning"]
+    decaying = [row for row in light if row["distance"] is not None and row["head_dim"] == 64]
+    panels: list[tuple[str, str, Callable[[Axes], None]]] = []
+    for gap in sorted({row["write_gap"] for row in decaying}):
+        own = [row for row in decaying if row["write_gap"] == gap]
+        words = "every token writes" if gap == 1 else f"one token in {gap} writes"
+        title, label = f"lightning, {words}", "distance of the pair in tokens"
+        panels.append((title, label, lambda axes, own=own: _by_distance(axes, own)))
+    flat = [r for r in light if r["distance"] is None and r["write_gap"] == 1]
+    if flat:
+        title = "lightning without decay: capacity"
+        panels.append((title, "pairs written", lambda axes: _by_dim(axes, flat)))
+    soft = [row for row in rows if row["op"] == "softmax"]
+    if soft:
+        panels.append(("softmax", "keys in the context", lambda axes: _by_scale(axes, soft)))
+    return _panels("Recall without training", panels) if panels else None
+
+
+def _panels(title: str, panels: list[tuple[str, str, Callable[[Axes], None]]]) -> Figure:
+    """Panels in one row, or two from four on, each with a legend of its own."""
+    columns = 2 if len(panels) >= 4 else len(panels)
+    lines = math.ceil(len(panels) / columns)
+    size = max(columns * PANEL[0] * 1.15, 8.0), lines * PANEL[1]
+    figure = Figure(size, dpi=150, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, label, draw) in zip(grid, panels, strict=False):
+        axes.set_title(name)
+        axes.set_xlabel(label)
+        axes.set_ylabel("recalled")
+        share_axis(axes)
+        draw(axes)
+    figure.suptitle(f"{title}\nmarkers: measured, with 95 % intervals; lines: predicted")
+    return figure
+
+
+def _curves(axes: Axes, groups: dict[str, list[Row]], place: str) -> None:
+    """A colour a group: markers as measured, a line as predicted."""
+    everywhere = [max(row[place], 1) for group in groups.values() for row in group]
+    length_axis(axes, everywhere)
+    for colour, (label, group) in zip(SHADES, groups.items(), strict=False):
+        best: dict[int, Row] = {}
+        for row in group:  # of several streams the longest
+            if row[place] not in best or row["q_len"] >= best[row[place]]["q_len"]:
+                best[row[place]] = row
+        ordered = [best[x] for x in sorted(best)]
+        x = [max(row[place], 1) for row in ordered]
+        axes.plot(x, [row["predicted"] for row in ordered], color=colour, linewidth=1.3)
+        shares = [recall([row]) for row in ordered]
+        draw_share(axes, x, shares, color=colour, fmt="o", markersize=4, label=label)
+    axes.legend(fontsize=8)
+
+
+def _grouped(rows: list[Row], label: Callable[[Row], str]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(label(row), []).append(row)
+    return groups
+
+
+def _by_distance(axes: Axes, rows: list[Row]) -> None:
+    ordered = sorted(rows, key=lambda row: -row["slope"])
+    _curves(axes, _grouped(ordered, head_label), "distance")
+
+
+def _by_dim(axes: Axes, rows: list[Row]) -> None:
+    ordered = sorted(rows, key=lambda row: row["head_dim"])
+    _curves(axes, _grouped(ordered, lambda row: f"head dim {row['head_dim']}"), "q_len")
+
+
+def _by_scale(axes: Axes, rows: list[Row]) -> None:
+    def label(row: Row) -> str:
+        return (
+            "logit scale ln N" if row["per_log_length"] else f"logit scale {row['logit_scale']:g}"
+        )
+
+    ordered = sorted(rows, key=lambda row: (row["per_log_length"], row["logit_scale"]))
+    _curves(axes, _grouped(ordered, label), "q_len")
+
+
+def make_horizon_figure(write_gap: int = 256, head_dim: int = 128) -> Figure:
+    """How far back each of MiniMax-01's lightning heads recalls by the closed form."""
+    horizon = np.full((MINIMAX_LAYERS, MINIMAX_HEADS), np.nan)
+    for layer in range(MINIMAX_LAYERS):
+        if layer % 8 != 7:
+            for head, g in enumerate(minimax_log_decay(MINIMAX_HEADS, layer, MINIMAX_LAYERS)):
+                horizon[layer, head] = theory.lightning_horizon(
+                    -float(g), key_dim=head_dim, value_dim=head_dim, write_gap=write_gap
+                )
+    figure = Figure((8.0, 5.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.grid(False)
+    axes.set_facecolor("#bbbbbb")
+    image = axes.imshow(
+        np.log2(np.maximum(horizon, 1)), aspect="auto", origin="lower", cmap="viridis"
+    )
+    bar = figure.colorbar(image, ax=axes, label="tokens back to which half is recalled")
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_len(round(2**y))))
+    axes.set_xlabel("head, from the fastest decay to the slowest")
+    axes.set_ylabel("layer (grey: softmax)")
+    longest = format_len(round(float(np.nanmax(horizon))))
+    figure.suptitle(
+        "Recall horizon of MiniMax-01's lightning heads, predicted\n"
+        f"head dim {head_dim}, one token in {write_gap} writes; the longest is {longest}"
+    )
+    return figure
+
+
+def make_decay_figure(rows: list[Row]) -> Figure | None:
+    """Recall of needles by length, a line a model: architectures, and the recipe's parts left out."""
+    rows = [r for r in of_suite(rows, "retrieval") if r["task"] in HAYSTACKS]
+    symbols = [row for row in rows if row["task"] == "needle" and not row["seed"]]
+    main = {m: rs for m, rs in _grouped(symbols, lambda r: r["model"]).items() if m in MODELS}
+    without = {m: r for m, r in _grouped(symbols, lambda r: r["model"]).items() if m not in MODELS}
+    texts = _grouped(
+        [r for r in rows if r["task"] != "needle"],
+        lambda r: f"{r['model']}: {HAYSTACKS[r['task']]}",
+    )
+    panels = {"needle in noise": main, "parts of the recipe left out": without, "in text": texts}
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
+        return None
+    size = max(len(panels), 1.5) * PANEL[0] * 1.1, PANEL[1] + 0.5
+    figure = Figure(size, dpi=150, layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+        axes.set_title(title)
+        _lengths(axes, lines)
+    grid[0].set_ylabel("found (bars: 95 % intervals)")
+    figure.suptitle(f"Retrieval by length of the context\n{_trained(rows)}")
+    return figure
+
+
+def _trained(rows: list[Row]) -> str:
+    """What the models have in common."""
+    counts = [row["parameters"] / 1e6 for row in rows if row.get("parameters")]
+    lengths = sorted({row["train_max_len"] for row in rows if row.get("train_max_len")})
+    size = f"{min(counts):.2g} to {max(counts):.2g}" if max(counts) > 1.05 * min(counts) else None
+    words = f"{size or f'{counts[0]:.2g}'}M parameters"
+    return f"{words}, trained on at most {', '.join(map(format_len, lengths))} tokens"
+
+
+def look_of(model: str, number: int) -> tuple[str, str]:
+    """Colour and marker of a model."""
+    return MODELS.get(model) or (SHADES[number % len(SHADES)], "ov^sDPX*"[number % 8])
+
+
+def _lengths(axes: Axes, lines: dict[str, list[Row]]) -> None:
+    """Recall by length, with the longest length of training."""
+    share_axis(axes)
+    axes.set_xlabel("tokens in the context")
+    every = [row["q_len"] for group in lines.values() for row in group]
+    trained = {row["train_max_len"] for group in lines.values() for row in group} - {None}
+    length_axis(axes, every + list(trained))
+    order = {name: i for i, name in enumerate(MODELS)}
+    ordered = sorted(lines.items(), key=lambda pair: order.get(pair[0], len(order)))
+    for number, (model, group) in enumerate(ordered):
+        by_len = _grouped(group, lambda row: row["q_len"])
+        x = sorted(by_len)
+        colour, marker = look_of(model, number)
+        style = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 5}
+        draw_share(axes, x, [recall(by_len[n]) for n in x], label=model, **style)
+    for length in trained:
+        axes.axvline(length, color="#333333", linestyle=":", linewidth=1)
+    axes.legend(fontsize=8)
+
+
+def make_depth_figure(rows: list[Row]) -> Figure | None:
+    """Recall of needles by depth and length, a panel a model."""
+    found = [row for row in rows if row.get("suite") == "retrieval" and row.get("task") == "needle"]
+    measured = [row for row in of_suite(found, "retrieval") if not row["seed"]]
+    models = list(_grouped(measured, lambda row: row["model"]))
+    if not models:
+        return None
+    order = {name: i for i, name in enumerate(MODELS)}
+    models.sort(key=lambda name: order.get(name, len(order)))
+    lengths = sorted({row["q_len"] for row in found})
+    columns = min(len(models), 4)
+    lines = math.ceil(len(models) / columns)
+    size = columns * 3.6 + 1, lines * 3.2 + 0.6
+    figure = Figure(size, dpi=150, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flatten()[len(models) :]:
+        axes.set_visible(False)
+    for number, (axes, model) in enumerate(zip(grid.flatten(), models, strict=False)):
+        image = _heat(axes, model, [row for row in found if row["model"] == model], lengths)
+        if number % columns == 0:
+            axes.set_ylabel("depth")
+        if number + columns >= len(models):
+            axes.set_xlabel("tokens in the context")
+            axes.tick_params(labelbottom=True)
+    figure.colorbar(image, ax=grid, label="found", format=FuncFormatter(lambda y, _: f"{y:.0%}"))
+    figure.suptitle("Needles found by depth and length (0 %: at the start; hatched: skipped)")
+    return figure
+
+
+def _heat(axes: Axes, model: str, rows: list[Row], lengths: list[int]):
+    """Cells of one model."""
+    cells = np.full((8, len(lengths)), np.nan)
+    for row in rows:
+        if row["status"] == "ok":
+            cells[int(row["depth"] * 8), lengths.index(row["q_len"])] = row["correct"] / row["n"]
+    axes.grid(False)
+    axes.set_title(model)
+    image = axes.imshow(cells, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    for column in np.flatnonzero(np.isnan(cells).all(0)):
+        axes.axvspan(
+            column - 0.5, column + 0.5, facecolor="#eeeeee", hatch="///", edgecolor="#999999"
+        )
+    step = 1 + (len(lengths) - 1) // 6
+    places = list(range(len(lengths) - 1, -1, -step))
+    axes.set_xticks(places, [format_len(lengths[i]) for i in places])
+    axes.set_yticks([-0.5, 3.5, 7.5], ["0 %", "50 %", "100 %"])
+    return image
+
+
+def make_state_figure(rows: list[Row]) -> Figure | None:
+    """Recall of needles against the bytes that a model keeps, a line a model, a marker a length."""
+    rows = [r for r in of_suite(rows, "retrieval") if r["task"] == "needle" and not r["seed"]]
+    lines = {m: r for m, r in _grouped(rows, lambda r: r["model"]).items() if m in MODELS}
+    if not lines:
+        return None
+    figure = Figure((7.5, PANEL[1] + 0.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    share_axis(axes)
+    for number, (model, group) in enumerate(lines.items()):
+        by_len = _grouped(group, lambda row: row["q_len"])
+        ordered = sorted(by_len)
+        x = [by_len[n][0]["state_bytes"] for n in ordered]
+        colour, marker = look_of(model, number)
+        shares = [recall(by_len[n]) for n in ordered]
+        draw_share(axes, x, shares, color=colour, marker=marker, label=model, linewidth=1.3)
+        for place, length in {(x[0], ordered[0]), (x[-1], ordered[-1])}:
+            share = shares[ordered.index(length)][0]
+            axes.annotate(
+                format_len(length), (place, share), xytext=(3, 6), textcoords="offset points",
+                fontsize=8, color=colour,
+            )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(x)))
+    axes.set_xlabel("bytes kept of the context: keys and values, states (labels: tokens)")
+    axes.set_ylabel("needles found")
+    axes.legend(fontsize=9)
+    figure.suptitle(f"Retrieval against state\n{_trained(rows)}")
+    return figure
+
+
+def make_task_figure(rows: list[Row]) -> Figure | None:
+    """Recall by length in every task, a panel each; None if there is no task but needles."""
+    rows = [
+        r for r in of_suite(rows, "retrieval") if not r["seed"] and r["model"].partition("-")[0]
+    ]
+    tasks = _grouped([r for r in rows if r["input"] != "text"], lambda row: row["task"])
+    if set(tasks) <= {"needle"}:
+        return None
+    columns = min(4, len(tasks))
+    lines = math.ceil(len(tasks) / columns)
+    figure = Figure((columns * 3.9, lines * 3.5 + 0.7), dpi=150, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+    for axes in grid[len(tasks) :]:
+        axes.set_visible(False)
+    for number, (axes, (task, group)) in enumerate(zip(grid, tasks.items(), strict=False)):
+        own = {m.removesuffix("-mqar"): r for m, r in _grouped(group, lambda r: r["model"]).items()}
+        axes.set_title(task.replace("_", " "))
+        _lengths(axes, {m: r for m, r in own.items() if m in MODELS} or own)
+        axes.get_legend().set_visible(number == 0)
+    figure.suptitle("Retrieval by task and length (dotted: longest length of training)")
+    return figure
+
+
+def make_ruler_figure() -> Figure:
+    """Published RULER averages of large models: other tasks, other models than ours."""
+    figure = Figure((7.5, PANEL[1] + 0.3), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    length_axis(axes, list(published.RULER_LENGTHS))
+    for colour, marker, (model, values) in zip(
+        SHADES, "so^DP", published.RULER.items(), strict=False
+    ):
+        x = published.RULER_LENGTHS[: len(values)]
+        axes.plot(x, values, color=colour, marker=marker, label=model, linewidth=1.3)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
+    axes.set_ylim(0.68, 1.0)
+    axes.set_xlabel("tokens in the context")
+    axes.set_ylabel("RULER average (axis from 68 %)")
+    axes.legend(fontsize=9)
+    figure.suptitle(f"Published, not measured here\n{published.RULER_SOURCE}")
+    return figure
+
+
+FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {
+    "recall": make_probe_figure,
+    "horizon": lambda rows: make_horizon_figure() if of_suite(rows, "probe") else None,
+    "decay": make_decay_figure,
+    "depth": make_depth_figure,
+    "state": make_state_figure,
+    "tasks": make_task_figure,
+    "ruler": lambda rows: make_ruler_figure() if of_suite(rows, "retrieval") else None,
+}
+
+
+def write_figures(rows: list[Row], folder: Path) -> dict[str, Path]:
+    """Write the figures that have data into a folder; their paths by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, make in FIGURES.items():
+        with rc_context(STYLE):
+            figure = make(rows)
+            if figure is not None:
+                paths[name] = folder / f"{name}.png"
+                figure.savefig(paths[name])
+    return paths
