@@ -6,10 +6,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from attnlab.distributed import blocks, halo, lasp, ring, states
-from attnlab.distributed.comm import Group, Ledger, check_agreement
+from attnlab.distributed import blocks, halo, lasp, moe, ring, routing, states
+from attnlab.distributed.comm import Group, Ledger, Pending, check_agreement
 from attnlab.distributed.mesh import Layout, Meshes
 from attnlab.distributed.pack import PackPlan
+from attnlab.distributed.timing import VirtualTime
+from attnlab.model.moe import balancing_loss
 
 PACKS = {
     "one document": (0, 37),
@@ -101,6 +103,63 @@ def run_mesh(rank, size, flags):
     meshes = Meshes(Layout(world_size=size, **flags), "cpu")
     axes = "dp", "cp", "tp", "edp", "ep", "etp"
     return {axis: (meshes.group(axis).rank, meshes.group(axis).size) for axis in axes}
+
+
+_MESHES = {}
+
+
+def meshes_of(size, flags, ledger):
+    """Meshes of a layout, whose groups are made once, with a ledger of this call's."""
+    key = tuple(sorted(flags.items()))
+    if key not in _MESHES:
+        _MESHES[key] = Meshes(Layout(world_size=size, **flags), "cpu")
+        for axis in ("ep", "etp", "world"):
+            _MESHES[key].group(axis)
+    for group in _MESHES[key]._groups.values():
+        group.ledger = ledger
+    return _MESHES[key]
+
+
+def run_moe(rank, size, jobs, mutation=None):
+    """Output, gradients, place and messages of this rank for each job.
+
+    A job is (tensors, tokens of each rank, layout, groups, capacity factor); the loss adds the
+    balancing loss, once over all ranks.
+    """
+    results = []
+    with mutated(mutation):
+        for (x, router, gate_up, down, grad), lengths, layout, num_groups, capacity in jobs:
+            ledger = Ledger()
+            meshes = meshes_of(size, layout, ledger)
+            ep, etp, all_ranks = (meshes.group(axis) for axis in ("ep", "etp", "world"))
+            start = sum(lengths[:rank])
+            own = slice(start, start + lengths[rank])
+            shard = moe.shard_experts(gate_up, down, ep, etp)
+            leaves = [x[own].clone(), router.clone(), *shard]
+            for leaf in leaves:
+                leaf.requires_grad_()
+            chosen, load = routing.route(
+                leaves[0], leaves[1], 2, all_ranks, capacity_factor=capacity
+            )
+            experts = moe.ExpertShard(*leaves[2:])
+            output = moe.mix_experts(leaves[0], chosen, experts, ep, etp, num_groups=num_groups)
+            loss = (output * grad[own]).sum() + balancing_loss([load], "transformers") / size
+            grads = torch.autograd.grad(loss, leaves)
+            results.append((output.detach(), *grads, (ep.rank, etp.rank), ledger.events))
+    return results
+
+
+def run_clock(rank, size, layout, num_tokens, num_groups, rates):
+    """End and intervals of the virtual time of this rank, experts chosen in turn."""
+    meshes = meshes_of(size, layout, None)
+    ep, etp = meshes.group("ep"), meshes.group("etp")
+    experts = (torch.arange(2 * num_tokens) % 8).view(num_tokens, 2)
+    chosen = routing.Routing(experts, torch.full(experts.shape, 0.5), experts >= 0)
+    x, gate_up, down = torch.ones(num_tokens, 4), torch.ones(8, 8, 4), torch.ones(8, 4, 4)
+    clock = VirtualTime(*rates)
+    shard = moe.shard_experts(gate_up, down, ep, etp)
+    moe.mix_experts(x, chosen, shard, ep, etp, num_groups=num_groups, clock=clock)
+    return clock.end, clock.intervals
 
 
 @contextlib.contextmanager
@@ -227,4 +286,61 @@ RING_MUTATIONS = {
     "parts merged without rescaling": _parts_not_rescaled,
     "keys of the document before are seen": _rectangles_over_documents,
 }
-MUTATIONS = LASP_MUTATIONS | RING_MUTATIONS
+
+
+def _splits_swapped():
+    original = moe._plan
+
+    def plan(*arguments):
+        found = original(*arguments)
+        found.sent, found.received = found.received, found.sent
+        return found
+
+    return [mock.patch.object(moe, "_plan", plan)]
+
+
+def _drops_by_group():
+    original = routing._kept
+
+    def kept(experts, table, rank, factor):
+        halves = experts.tensor_split(2)
+        return torch.cat([original(half, table // 2, rank, factor) for half in halves])
+
+    return [mock.patch.object(routing, "_kept", kept)]
+
+
+def _expert_gradients_too_large():
+    original = moe.grouped_linear
+
+    def linear(x, weight, offsets):
+        return original(x, 2 * weight - weight.detach(), offsets)
+
+    return [mock.patch.object(moe, "grouped_linear", linear)]
+
+
+def _rows_left_by_rank():
+    original = moe._plan
+
+    def plan(*arguments):
+        found = original(*arguments)
+        found.order = found.order.sort().values
+        return found
+
+    return [mock.patch.object(moe, "_plan", plan)]
+
+
+def _partial_sums_not_summed():
+    def reduce_scatter(self, x):
+        return Pending([], lambda: x[self.rank].clone())
+
+    return [mock.patch.object(Group, "reduce_scatter", reduce_scatter)]
+
+
+MOE_MUTATIONS = {
+    "splits swapped": _splits_swapped,
+    "drops decided in each group": _drops_by_group,
+    "gradients of experts too large": _expert_gradients_too_large,
+    "rows not sorted by expert": _rows_left_by_rank,
+    "partial sums not summed": _partial_sums_not_summed,
+}
+MUTATIONS = MOE_MUTATIONS | LASP_MUTATIONS | RING_MUTATIONS

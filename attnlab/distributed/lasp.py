@@ -7,17 +7,18 @@ Each rank runs the op of the registry on its own tokens, every fragment from a z
 leaves a state a chunk. Those states cross the ranks (`states`) while the op runs, and what enters a
 chunk is added to its first fragment: o_t += scale exp(g (t - lo + 1)) q_t P, lo its first token.
 Alternatively (`overlap=False`) the op itself starts from P, which saves that product and waits for
-the exchange. Autograd runs later nodes first, so in the backward the exchange of P's gradients, too,
-is under way while the op's own backward runs.
+the exchange. In the backward the gradients of P cross while the op's own backward runs (`overlap`).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnlab.checks import expect, remembered, values_of
-from attnlab.distributed.comm import Group, Pending
+from attnlab.distributed.comm import Group
+from attnlab.distributed.overlap import begin
 from attnlab.distributed.pack import UNREACHED, PackPlan
 from attnlab.distributed.states import Exchange, Gather, Pruned, Serial
 from attnlab.functional import lightning_attention_varlen, lightning_state
@@ -68,63 +69,15 @@ def lasp_attention(
         return lightning_attention_varlen(*inputs, bounds, **flags).output
     exchange = _exchange(plan, group, log_decay, method, epsilon)
     left = _outgoing(key, value, log_decay, plan, group.rank, backend)  # [m, H, K, V]
-    transit = _Transit(exchange)
-    ticket = _Start.apply(left, transit)
+    transit = begin(left, *(partial(exchange.start, backward=x) for x in (False, True)))
     if not overlap:
-        entering = _Finish.apply(ticket, transit)
+        entering = transit.end()
         initial = _initial_states(entering, plan, group.rank, bounds.shape[0] - 1)
         output = lightning_attention_varlen(*inputs, bounds, initial_state=initial, **flags).output
         return output + 0 * initial.sum() if output.numel() == 0 else output
     output = lightning_attention_varlen(*inputs, bounds, **flags).output
-    entering = _Finish.apply(ticket, transit)  # [m, H, K, V]
+    entering = transit.end()  # [m, H, K, V]
     return _add_past(output, query, entering, log_decay, plan, group.rank, scale, precision)
-
-
-class _Transit:
-    """An exchange and what it has under way."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self.pending: Pending | None = None
-        self.sent: Tensor | None = None
-
-    def start(self, own: Tensor, backward: bool) -> None:
-        self.sent = own
-        self.pending = self.exchange.start(own, backward)
-
-    def finish(self, backward: bool) -> Tensor:
-        assert self.sent is not None
-        result = self.exchange.finish(self.sent, self.pending, backward)
-        self.sent = self.pending = None
-        return result
-
-
-class _Start(torch.autograd.Function):
-    """Begins the exchange of states; in the backward, ends that of gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, transit: _Transit) -> Tensor:
-        ctx.transit = transit
-        transit.start(left.detach(), backward=False)
-        return left.view_as(left)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.transit.finish(backward=True), None
-
-
-class _Finish(torch.autograd.Function):
-    """Ends the exchange of states; in the backward, begins that of gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, ticket: Tensor, transit: _Transit) -> Tensor:
-        ctx.transit = transit
-        return transit.finish(backward=False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.transit.start(grad.contiguous(), backward=True)
-        return grad, None  # never read: `_Start` returns what the exchange brings
 
 
 def _exchange(

@@ -25,13 +25,13 @@ from attnlab.distributed.pack import UNREACHED, PackPlan
 
 
 class Exchange(Protocol):
-    """What the attention of a rank needs of an exchange: to begin it, and to end it."""
+    """How states cross, and how their gradients do."""
 
-    def start(self, own: Tensor, backward: bool) -> Pending | None:
-        """Begin to send this rank's `[m, H, K, V]`: states left, or gradients of states entered."""
+    def start(self, own: Tensor, *, backward: bool) -> Pending:
+        """`[m, H, K, V]` that enter the rank's chunks, from those that its chunks leave.
 
-    def finish(self, own: Tensor, pending: Pending | None, backward: bool) -> Tensor:
-        """`[m, H, K, V]`: states that enter the rank's chunks, or gradients of states left."""
+        Backward: gradients of the states left, from those of the states that entered.
+        """
 
 
 @dataclass
@@ -42,28 +42,23 @@ class Gather:
     group: Group
     log_decay: Sequence[float]
 
-    def start(self, own: Tensor, backward: bool) -> Pending | None:
-        """Begin the all-gather, with zeros for the chunks that this rank has less than others."""
-        if not self.plan.crosses_ranks:
-            return None
-        missing = self.plan.max_chunks - own.shape[0]
-        if missing:
-            own = torch.cat([own, own.new_zeros(missing, *own.shape[1:])])  # [M, H, K, V]
-        return self.group.all_gather(own)
-
-    def finish(self, own: Tensor, pending: Pending | None, backward: bool) -> Tensor:
-        """Wait, and combine."""
+    def start(self, own: Tensor, *, backward: bool) -> Pending:
+        """Ranks with less chunks than others send zeros for them."""
         chunks = self.plan.chunks(self.group.rank)
         weights = _weights(self.plan, self.log_decay, chunks, backward)  # [m, C, H]
-        if pending is None:
-            return _combine(weights[:, list(chunks)], own)
-        none = self.plan.num_chunks  # stands for the zeros of ranks that have less chunks
+        if not self.plan.crosses_ranks:
+            return Pending([], lambda: _combine(weights[:, list(chunks)], own))
+        missing = self.plan.max_chunks - own.shape[0]
+        zeros = own.new_zeros(missing, *own.shape[1:])
+        gathering = self.group.all_gather(torch.cat([own, zeros]) if missing else own)
+        none = self.plan.num_chunks  # stands for those zeros
         slots = torch.full((self.plan.world_size, self.plan.max_chunks), none)
         for rank in range(self.plan.world_size):
             owned = self.plan.chunks(rank)
             slots[rank, : len(owned)] = torch.tensor(owned)
         padded = torch.cat([weights, torch.zeros_like(weights[:, :1])], 1)  # [m, C+1, H]
-        return _combine(padded[:, slots.flatten()], pending.wait().flatten(0, 1))
+        placed = padded[:, slots.flatten()]  # [m, W M, H]
+        return Pending([], lambda: _combine(placed, gathering.wait().flatten(0, 1)))
 
 
 @dataclass
@@ -74,12 +69,12 @@ class Serial:
     group: Group
     log_decay: Sequence[float]
 
-    def start(self, own: Tensor, backward: bool) -> Pending | None:
+    def start(self, own: Tensor, *, backward: bool) -> Pending:
         """Nothing can be sent before it is this rank's turn."""
-        return None
+        return Pending([], lambda: self._take_turns(own, backward))
 
-    def finish(self, own: Tensor, pending: Pending | None, backward: bool) -> Tensor:
-        """Take this rank's turns, chunk by chunk along the chain."""
+    def _take_turns(self, own: Tensor, backward: bool) -> Tensor:
+        """Chunk by chunk along the chain."""
         owned = self.plan.chunks(self.group.rank)
         result = torch.zeros_like(own)
         carried: Tensor | None = None  # between chunks of this rank that follow each other
@@ -143,7 +138,7 @@ class Pruned:
     log_decay: Sequence[float]
     epsilon: float
 
-    def start(self, own: Tensor, backward: bool) -> Pending | None:
+    def start(self, own: Tensor, *, backward: bool) -> Pending:
         """Post all messages: to each other rank the heads whose weight there is above epsilon."""
         rank, buffers, sends, receives = self.group.rank, [], [], []
         for peer in range(self.plan.world_size):
@@ -163,20 +158,19 @@ class Pruned:
 
         def received() -> Tensor:
             works.wait()
-            return torch.cat([own.new_empty(0, *own.shape[2:]), *buffers])
+            states = torch.cat([own.new_empty(0, *own.shape[2:]), *buffers])
+            return self._add_up(own, states, backward)
 
         return Pending([], received)
 
-    def finish(self, own: Tensor, pending: Pending | None, backward: bool) -> Tensor:
-        """Wait, and add up what came with its weights."""
+    def _add_up(self, own: Tensor, states: Tensor, backward: bool) -> Tensor:
+        """Own states and those that came, `[rows, K, V]`, with their weights."""
         rank = self.group.rank
         chunks = self.plan.chunks(rank)
         weights = self._kept(chunks, backward)  # [m, C, H]
         total = _combine(weights[:, list(chunks)], own)
         peers = [peer for peer in range(self.plan.world_size) if peer != rank]
         rows = [(p, *row) for p in peers for row in self._rows(rank, p, backward)]
-        assert pending is not None
-        states = pending.wait()  # also for the sake of what this rank has sent
         if not rows or not chunks:
             return total
         senders = torch.tensor([self.plan.chunks(peer)[slot] for peer, slot, _ in rows])
