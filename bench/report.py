@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from attnlab.retrieval.plans import trained_in
 from bench import document as doc
 from bench import parts_figure, retrieval_figures, retrieval_report
 from bench.findings import (
@@ -88,7 +89,7 @@ def report_blocks(
         pictures = {name: folder / "figures" / figure_name(name, i) for name in figures_of(group)}
         drawn = {name: path for name, path in pictures.items() if path in figures}
         blocks += configuration_blocks(group, drawn)
-    blocks += retrieval_report.blocks(rows, recall)
+    blocks += retrieval_report.blocks(rows, recall, trained_in(folder))
     skipped = not_measured(rows)
     if skipped.rows:
         blocks += [doc.Heading(2, "Points that were not measured"), skipped]

@@ -33,6 +33,7 @@ MODELS = {
     "hybrid-1to1": ("#E69F00", "P"),
 }
 SHADES = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#777777", "#000000")
+OTHERS = ("#000000", "#777777", "#8A3D00", "#56B4E9", "#7A5195", "#B8860B", "#2F6B4F", "#A0A0FF")
 HAYSTACKS = {
     "needle": "needle in noise",
     "number": "number in text",
@@ -232,7 +233,7 @@ def _trained(rows: list[Row]) -> str:
 
 def look_of(model: str, number: int) -> tuple[str, str]:
     """Colour and marker of a model."""
-    return MODELS.get(model) or (SHADES[number % len(SHADES)], "ov^sDPX*"[number % 8])
+    return MODELS.get(model) or (OTHERS[number % len(OTHERS)], "ov^sDPX*"[number % 8])
 
 
 def _lengths(axes: Axes, lines: dict[str, list[Row]]) -> None:
@@ -323,8 +324,8 @@ def make_state_figure(rows: list[Row]) -> Figure | None:
         for place, length in {(x[0], ordered[0]), (x[-1], ordered[-1])}:
             share = shares[ordered.index(length)][0]
             axes.annotate(
-                format_len(length), (place, share), xytext=(3, 6), textcoords="offset points",
-                fontsize=8, color=colour,
+                format_len(length), (place, share), xytext=(4, -11 if share > 0.9 else 4),
+                textcoords="offset points", fontsize=8, color=colour,
             )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(x)))
@@ -332,6 +333,29 @@ def make_state_figure(rows: list[Row]) -> Figure | None:
     axes.set_ylabel("needles found")
     axes.legend(fontsize=9)
     figure.suptitle(f"Retrieval against state\n{_trained(rows)}")
+    return figure
+
+
+def make_distance_figure(rows: list[Row]) -> Figure | None:
+    """Recall of needles by distance, all lengths of a model together, an octave of distances a marker."""
+    rows = [r for r in of_suite(rows, "retrieval") if r["task"] == "needle" and not r["seed"]]
+    lines = {m: r for m, r in _grouped(rows, lambda r: r["model"]).items() if m in MODELS}
+    if not lines:
+        return None
+    figure = Figure((7.5, PANEL[1] + 0.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    share_axis(axes)
+    length_axis(axes, [row["distance"] for row in rows])
+    for number, (model, group) in enumerate(lines.items()):
+        octaves = _grouped(group, lambda row: row["distance"].bit_length())
+        x = [2 ** (octave - 0.5) for octave in sorted(octaves)]
+        colour, marker = look_of(model, number)
+        shares = [recall(octaves[octave]) for octave in sorted(octaves)]
+        draw_share(axes, x, shares, color=colour, marker=marker, label=model, linewidth=1.3)
+    axes.set_xlabel("tokens between the needle and its question")
+    axes.set_ylabel("needles found (bars: 95 % intervals)")
+    axes.legend(fontsize=9)
+    figure.suptitle(f"Retrieval by distance\n{_trained(rows)}")
     return figure
 
 
@@ -382,6 +406,7 @@ FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {
     "horizon": lambda rows: make_horizon_figure() if of_suite(rows, "probe") else None,
     "decay": make_decay_figure,
     "depth": make_depth_figure,
+    "distance": make_distance_figure,
     "state": make_state_figure,
     "tasks": make_task_figure,
     "ruler": lambda rows: make_ruler_figure() if of_suite(rows, "retrieval") else None,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from attnlab.retrieval.train import Trained
 from bench import document as doc
 from bench import retrieval_suite
 from bench.fit import format_len
@@ -34,6 +35,11 @@ CAPTIONS = {
         "What fades with distance darkens from the top left down; what fades with length darkens all "
         "depths alike.",
     ),
+    "distance": (
+        "Retrieval by distance",
+        "A model that forgets with distance falls at the same place whatever the length of its "
+        "contexts; one whose memory is full, or whose attention is spread thin, doesn't.",
+    ),
     "state": (
         "Retrieval against state",
         "Right of its own markers a model pays bytes for what it finds; a vertical line is a state of "
@@ -51,8 +57,10 @@ CAPTIONS = {
 PROBE = ("recall", "horizon")
 
 
-def blocks(rows: list[Row], figures: dict[str, Path]) -> list[doc.Block]:
-    """Sentences, figures and tables; nothing if a run has no such rows."""
+def blocks(
+    rows: list[Row], figures: dict[str, Path], trained: list[Trained] | None = None
+) -> list[doc.Block]:
+    """Sentences, figures and tables; nothing if a run has no such rows. `trained` were trained for it."""
     found: list[doc.Block] = []
     if any(row.get("suite") == "probe" for row in rows):
         found += [doc.Heading(2, "Recall of the ops, without training")]
@@ -61,6 +69,8 @@ def blocks(rows: list[Row], figures: dict[str, Path]) -> list[doc.Block]:
         found += [doc.Heading(2, "Retrieval of trained models")]
         found += [doc.Bullets(findings(rows)), *_pictures(figures, probe=False)]
         found += [doc.Heading(2, "Needles found, by length"), needle_table(rows)]
+        if trained:
+            found += [doc.Heading(2, "All training runs"), run_table(trained)]
     elif found:
         notice = retrieval_suite.notice()
         found += [doc.Heading(2, "Retrieval of trained models"), doc.Text(notice)] if notice else []
@@ -150,6 +160,28 @@ def findings(rows: list[Row]) -> list[str]:
                 f"{share:.1%} (95 % interval {low:.1%} to {high:.1%})."
             )
     return items or ["No needle task was measured."]
+
+
+def run_table(trained: list[Trained]) -> doc.Table:
+    """Every run: its learning rate and seed, and what it finds, at all lengths of its validation."""
+    cells = []
+    for one in sorted(trained, key=lambda t: (t.run.data, t.run.model, t.run.learning_rate)):
+        run, groups = one.run, {}
+        for name, share in one.accuracies.items():
+            groups.setdefault(int(name.partition("@")[2]), []).append(share)
+        means = ", ".join(f"{format_len(n)}: {sum(x) / len(x):.1%}" for n, x in groups.items())
+        cells.append([run.model, run.data, f"{run.learning_rate:g}", str(run.seed)])
+        cells[-1] += [f"{one.score:.1%}", means, f"{one.seconds:.0f} s"]
+    header = [
+        "model",
+        "data",
+        "learning rate",
+        "seed",
+        "mean of all tasks",
+        "by length",
+        "training",
+    ]
+    return doc.Table(header, cells, words={"data", "by length"})
 
 
 def needle_table(rows: list[Row]) -> doc.Table:

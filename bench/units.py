@@ -7,6 +7,7 @@ many rows its unit has, so that a unit that a kill cut short is done again when 
 import argparse
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -173,11 +174,14 @@ def _skip(
 
 
 def predicted_s(unit: Unit, earlier: list[tuple[float, float]]) -> float | None:
-    """Seconds by the largest unit of the series so far, None where there is none."""
+    """Seconds by the work of the series' last three units, None where there is none.
+
+    The median, so that one which a busy machine disturbed doesn't make all others look too dear.
+    """
     if not earlier:
         return None
-    work, seconds = max(earlier)
-    return seconds * max(unit.work() / work, 0.05)
+    guesses = [seconds * max(unit.work() / work, 0.05) for work, seconds in earlier[-3:]]
+    return statistics.median_low(guesses)
 
 
 def _measured(worker: Worker, unit: Unit, device: str) -> tuple[list[Row], float]:

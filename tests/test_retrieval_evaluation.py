@@ -322,7 +322,7 @@ def test_the_table_holds_every_length_and_says_what_was_skipped():
     assert table.rows[2][:3] == ["4K", "skipped", "50.0% (38% to 62%)"]
 
 
-@pytest.mark.parametrize("name", ["decay", "depth", "state", "tasks", "ruler"])
+@pytest.mark.parametrize("name", ["decay", "depth", "distance", "state", "tasks", "ruler"])
 def test_every_figure_of_trained_models_is_drawn(name, tmp_path):
     paths = retrieval_figures.write_figures(made_up_rows(), tmp_path)
     assert imread(paths[name])[..., :3].std() > 0.05
@@ -354,6 +354,19 @@ def test_rows_of_recall_leave_the_other_tables_alone(tmp_path):
     assert findings.not_measured(rows).rows[0][0] == "softmax"
 
 
+def test_every_training_run_is_in_the_report():
+    runs = [replace(SHORT, learning_rate=rate) for rate in (2e-3, 1e-3)]
+    trained = [
+        replace(made_up(run, 0.5), accuracies={"needle@256": 1.0, "needle@1024": 0.5})
+        for run in runs
+    ]
+    table = retrieval_report.run_table(trained)
+    assert [row[2] for row in table.rows] == ["0.001", "0.002"]
+    assert table.rows[0][4:6] == ["75.0%", "256: 100.0%, 1K: 50.0%"]
+    text = document.to_markdown(retrieval_report.blocks(made_up_rows(), {}, trained))
+    assert "All training runs" in text
+
+
 def test_a_run_knows_its_architecture_and_seed():
     names = [
         retrieval_suite.model_name(made_up(run, 1.0))
@@ -364,3 +377,12 @@ def test_a_run_knows_its_architecture_and_seed():
         )
     ]
     assert names == ["softmax-seed1", "hybrid-3to1-text", "lightning-mqar"]
+
+
+def test_one_disturbed_unit_does_not_spoil_the_prediction():
+    class Sized:
+        def work(self):
+            return 8.0
+
+    assert units.predicted_s(Sized(), []) is None
+    assert units.predicted_s(Sized(), [(1.0, 1.0), (2.0, 90.0), (4.0, 4.0)]) == 8.0
