@@ -21,6 +21,7 @@ UNIT_COST = 2.0  # chunks that the start of a unit costs
 TWO_PASS_COST = 8.0  # chunks that two more launches cost
 WORTH = 0.9  # of the time of whole sequences, that segments must stay below
 MAX_WAVES = 4
+PLANNED_FROM = 256  # chunks of the longest of unequal documents: see `_Work.best_cuts`
 MODES = ("single", "halo", "two-pass")
 
 
@@ -128,14 +129,20 @@ class _Work:
         return max(time, load / slots)
 
     def best_cuts(self, mode: str | None) -> Cuts:
-        """Cuts for the shortest time, none if that is of whole sequences."""
+        """Cuts for the shortest time, none if that is of whole sequences.
+
+        Documents of unequal lengths are a pack, which often comes once: to plan it takes the host
+        about as long as a kernel takes for hundreds of chunks, so short ones stay whole.
+        """
         longest = max(self.sequences, default=0)
+        if len(self.sequences) > 1 and longest < PLANNED_FROM:
+            return Cuts()
         load = self.heads.total() * self.machine.programs_per_unit
         load *= sum(n * count for n, count in self.sequences.items())
         best, best_time = Cuts(), WORTH * self.makespan()
         for waves, tried in itertools.product(range(1, MAX_WAVES + 1), (mode or "halo", mode)):
             shortest = max(1, load // (waves * self.machine.slots))
-            if shortest >= longest:
+            if shortest >= longest or waves * (shortest + UNIT_COST) >= best_time:
                 continue
             target = _smallest(shortest, longest, partial(self.fits, tried, waves))
             time = waves * (target + UNIT_COST) + self.first_pass(target, tried)
@@ -203,7 +210,7 @@ def _segmented(lengths: Sequence[int], halos: list[float], work: _Work, cuts: Cu
     for sequence, tokens in enumerate(lengths):
         num_chunks = -(-tokens // chunk)
         for head, halo in enumerate(halos):
-            cut = cuts.get((num_chunks, halo)) or Cut([0], [0], False)
+            cut = cuts.get((num_chunks, halo)) or Cut((0,), (0,), False)
             if not cut.two_pass:
                 result.units.extend(_halo_units(sequence, head, tokens, cut, chunk))
                 continue

@@ -13,6 +13,7 @@ also gives outputs. Pure Python.
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 HALO_EXPONENT = 24 * math.log(2)
@@ -22,8 +23,8 @@ STATE_COST = 0.5  # of a chunk that only updates the state: it reads half as muc
 class Cut(NamedTuple):
     """Where segments start, how many chunks before that each warms up, and whether in two passes."""
 
-    starts: list[int]
-    warms: list[int]
+    starts: tuple[int, ...]
+    warms: tuple[int, ...]
     two_pass: bool
 
 
@@ -32,6 +33,8 @@ def halo_chunks(log_decay: float, chunk: int) -> float:
     return math.ceil(HALO_EXPONENT / -log_decay / chunk) if log_decay < 0 else math.inf
 
 
+# Packs of training are planned anew each step, out of documents whose lengths come again and again.
+@lru_cache(1 << 16)
 def cut_to_cost(num_chunks: int, halo: float, target: float, mode: str | None) -> Cut | None:
     """The cheaper cut of which no segment costs more than `target`; None if there is none.
 
@@ -70,8 +73,8 @@ def _cheaper(
     if starts is not None:
         warms = [int(min(halo, start)) for start in starts]
         if mode == "halo" or sum(warms) <= plain[-1]:
-            return Cut(starts, warms, False)
-    return None if mode == "halo" else Cut(plain, [0] * len(plain), len(plain) > 1)
+            return Cut(tuple(starts), tuple(warms), False)
+    return None if mode == "halo" else Cut(tuple(plain), (0,) * len(plain), len(plain) > 1)
 
 
 def _starts_at_cost(num_chunks: int, halo: float, target: float) -> list[int] | None:

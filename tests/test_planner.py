@@ -109,7 +109,16 @@ def test_forced_halo_segments_cost_about_the_same(halo):
     lengths = [b - a for a, b in itertools.pairwise([*starts, 1000])]
     costs = [n + 0.5 * w for n, w in zip(lengths, warms, strict=True)]
     assert max(costs) - min(costs) < 4  # rounding of two ends and of the halo's reach
-    assert warms == [min(halo, start) for start in starts]
+    assert warms == tuple(min(halo, start) for start in starts)
+
+
+def test_a_pack_of_short_documents_is_not_planned():
+    """Its lengths come once, and a plan takes longer than it could save; a long document is worth it."""
+    short, long = [5000, 300, 8000], [5000, 300, 64_000]
+    assert len(plan(short, DECAYS, H200).units) == 3
+    assert len(plan(short, DECAYS, H200, mode="halo", num_segments=4).units) > 3
+    assert len(plan([8000] * 3, DECAYS, H200).units) > 3
+    assert len(plan(long, DECAYS, H200).units) > 3
 
 
 def test_a_forced_two_pass_uses_the_workspace_for_every_long_head():
