@@ -5,12 +5,21 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
-from attnlab.distributed import blocks, halo, lasp, moe, ring, routing, states
+from attnlab.distributed import blocks, halo, lasp, moe, parallel, ring, routing, states
 from attnlab.distributed.comm import Group, Ledger, Pending, check_agreement
 from attnlab.distributed.mesh import Layout, Meshes
 from attnlab.distributed.pack import PackPlan
+from attnlab.distributed.parallel import (
+    Context,
+    ParallelLM,
+    gather_state,
+    gradient_norm,
+    shard_parameters,
+)
 from attnlab.distributed.timing import VirtualTime
+from attnlab.model.hybrid import HybridLM
 from attnlab.model.moe import balancing_loss
 
 PACKS = {
@@ -160,6 +169,47 @@ def run_clock(rank, size, layout, num_tokens, num_groups, rates):
     shard = moe.shard_experts(gate_up, down, ep, etp)
     moe.mix_experts(x, chosen, shard, ep, etp, num_groups=num_groups, clock=clock)
     return clock.end, clock.intervals
+
+
+def run_training(rank, size, config, layout, packs, steps, mutation=None):
+    """Losses and gradient norms of a few steps, and the parameters behind them, gathered."""
+    with mutated(mutation):
+        return train_for(size, config, layout, packs, steps)
+
+
+def train_for(size, config, layout, packs, steps):
+    torch.manual_seed(0)
+    lm = HybridLM(config, dtype=torch.float64)
+    lm.use_backend(lightning="torch")
+    meshes = Meshes(Layout(world_size=size, **layout), "cpu")
+    model = shard_parameters(ParallelLM(lm.train(), Context(meshes)))
+    optimizer = adamw(model)
+    dp, cp = meshes.group("dp"), meshes.group("cp")
+    num_targets = sum(int((targets >= 0).sum()) for _, targets, _ in packs)
+    log = []
+    for _ in range(steps):
+        total = torch.zeros((), dtype=torch.float64)
+        for ids, targets, cu in packs[dp.rank :: dp.size]:
+            plan = PackPlan.contiguous(cu, cp.size)
+            share = int((targets >= 0).sum()) / num_targets
+            local = plan.shard(ids, cp.rank, 1), plan.shard(targets, cp.rank)
+            total += model.backward(*local, plan, num_targets=num_targets, share=share)
+        norm = gradient_norm(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = meshes.group("world").all_reduce(total).wait() / num_targets
+        log.append((loss.item(), norm.item()))
+    return log, gather_state(model)
+
+
+EPSILON = 1e-3  # large: AdamW makes a full step of a gradient that is but a rounding
+
+
+def adamw(model):
+    """AdamW, experts in a group of their own: they lie on another mesh."""
+    experts = [p for n, p in model.named_parameters() if ".experts." in n]
+    others = [p for n, p in model.named_parameters() if ".experts." not in n]
+    return torch.optim.AdamW([{"params": others}, {"params": experts}], lr=1e-2, eps=EPSILON)
 
 
 @contextlib.contextmanager
@@ -343,4 +393,30 @@ MOE_MUTATIONS = {
     "rows not sorted by expert": _rows_left_by_rank,
     "partial sums not summed": _partial_sums_not_summed,
 }
-MUTATIONS = MOE_MUTATIONS | LASP_MUTATIONS | RING_MUTATIONS
+
+
+def _positions_from_the_chunk():
+    def positions(plan, rank):
+        return torch.arange(plan.local_len(rank))
+
+    return [mock.patch.object(PackPlan, "document_positions", positions)]
+
+
+def _gradients_averaged():
+    def factor(self, value):
+        return None
+
+    return [mock.patch.object(FSDPModule, "set_gradient_divide_factor", factor)]
+
+
+def _balance_on_every_rank():
+    original = parallel.balancing_loss
+    return [mock.patch.object(parallel, "balancing_loss", lambda *loads: 2 * original(*loads))]
+
+
+MODEL_MUTATIONS = {
+    "positions count from the chunk": _positions_from_the_chunk,
+    "gradients averaged over ranks": _gradients_averaged,
+    "balance counted on every rank": _balance_on_every_rank,
+}
+MUTATIONS = MODEL_MUTATIONS | MOE_MUTATIONS | LASP_MUTATIONS | RING_MUTATIONS

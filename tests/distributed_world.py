@@ -13,7 +13,14 @@ from datetime import timedelta
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "attnlab.distributed.lasp"])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "attnlab.chunked",
+        "attnlab.distributed.parallel",
+    ]
+)
 
 
 class RankFailed(AssertionError):

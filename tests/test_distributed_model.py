@@ -1,0 +1,113 @@
+"""A hybrid model with experts, trained for a few steps on ranks, against one process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from distributed_cases import EPSILON, MODEL_MUTATIONS, run_training
+
+from attnlab.model.config import HybridConfig
+from attnlab.model.hybrid import HybridLM
+
+STEPS = 3
+TOLERANCE = 1e-6  # float64, but for the routers' loads: one process has them in float32
+
+MESHES = {
+    2: [{"cp": 2}, {"dp": 2, "ep": 2}],
+    4: [{"dp": 2, "cp": 2, "ep": 2, "etp": 2}, {"cp": 4}],
+    8: [{"cp": 4, "dp": 2, "ep": 4, "etp": 2}, {"cp": 8, "ep": 8}],
+}
+
+
+def small(**changes):
+    kinds = "linear_attention", "full_attention"
+    return HybridConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=(kinds[0], kinds[1], kinds[0], kinds[0]),
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        rotary_dim=4,
+        router_aux_loss_coef=0.05,
+        initializer_range=0.3,
+        **changes,
+    )
+
+
+def packs():
+    """Two packs: ids, targets of which some don't count, bounds with a long and tiny documents."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for cu in ((0, 3, 40), (0, 21, 22, 23, 40)):
+        ids = torch.randint(48, (1, 40), generator=generator)
+        targets = torch.randint(48, (40,), generator=generator)
+        targets[torch.tensor(cu[1:]) - 1] = -100
+        found.append((ids, targets, cu))
+    return found
+
+
+def alone(config):
+    """The same steps in one process."""
+    torch.manual_seed(0)
+    model = HybridLM(config, dtype=torch.float64).train()
+    model.use_backend(lightning="torch", softmax="reference")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPSILON)
+    data = packs()
+    counts = [int((targets >= 0).sum()) for _, targets, _ in data]
+    log = []
+    for _ in range(STEPS):
+        total = 0.0
+        for (ids, targets, cu), count in zip(data, counts, strict=True):
+            output = model(ids, cu_seqlens=torch.tensor(cu))
+            losses = torch.nn.functional.cross_entropy(output.logits[0], targets, reduction="sum")
+            share = config.router_aux_loss_coef * count / sum(counts)
+            (losses / sum(counts) + share * output.aux_loss).backward()
+            total += losses.item()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append((total / sum(counts), norm.item()))
+    return log, dict(model.named_parameters())
+
+
+def check(world, config, layout):
+    log, parameters = alone(config)
+    for found, state in world.call(run_training, config, layout, packs(), STEPS):
+        for numbers, wanted in zip(found, log, strict=True):
+            assert numbers == pytest.approx(wanted, rel=TOLERANCE)
+        assert set(state) == set(parameters)
+        for name, whole in parameters.items():
+            torch.testing.assert_close(state[name], whole.detach(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", MESHES[4], ids=str)
+def test_training_on_ranks_is_that_of_one_process(worlds, layout):
+    check(worlds(4), small(), layout)
+
+
+def test_options_of_the_model_work_on_ranks(worlds):
+    config = small(conv_width=3, qk_norm=True, log_length_scale=True, capacity_factor=0.8)
+    check(worlds(2), config, {"cp": 2, "ep": 2})
+
+
+@pytest.mark.distributed_full
+@pytest.mark.parametrize("size, layout", [(n, x) for n, found in MESHES.items() for x in found])
+def test_all_meshes_are_those_of_one_process(worlds, size, layout):
+    check(worlds(size), small(), layout)
+
+
+@pytest.mark.parametrize("mutation", MODEL_MUTATIONS)
+def test_a_planted_defect_is_seen(worlds, mutation):
+    config, layout = small(), {"cp": 2}
+    found = worlds(2).call(run_training, config, layout, packs(), STEPS, mutation=mutation)
+    log, _ = alone(config)
+    assert found[0][0] != [pytest.approx(step, rel=1e-4) for step in log]
+
+
+def test_tied_embeddings_stay_one(worlds):
+    check(worlds(2), replace(small(), tie_word_embeddings=True), {"cp": 2})
