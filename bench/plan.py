@@ -33,7 +33,13 @@ SOURCES = {
             "attnlab/training/objective.py",
         ),
         *("attnlab/training/optimizer.py", "attnlab/functional.py", "attnlab/chunked.py"),
-        *("attnlab/sdpa.py", "attnlab/triton_softmax.py", "attnlab/planner.py", "attnlab/segments.py", "kernels_triton"),
+        *(
+            "attnlab/sdpa.py",
+            "attnlab/triton_softmax.py",
+            "attnlab/planner.py",
+            "attnlab/segments.py",
+            "kernels_triton",
+        ),
     ],
 }
 PEERS = ("fla", "transformers")
