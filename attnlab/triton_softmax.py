@@ -6,7 +6,7 @@ Legend: B batch, H query heads, G key heads, C slots of the cache, K key dim, V 
 from torch import Tensor
 
 from attnlab.custom_op import CustomOp
-from attnlab.triton_schedules import num_multiprocessors
+from attnlab.schedules import num_multiprocessors
 from kernels_triton.softmax_decode import attend
 
 
