@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Options of the command line; those that depend on the device are filled in."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--out", type=Path, default=Path("results/runs/retrieval"), help="folder (%(default)s)")
+    add("--out", type=Path, default=Path("runs/retrieval"), help="folder (%(default)s)")
     add("--plan", help=f"{', '.join(PLANS)}, or none (default: small; full on CUDA)")
     add(
         "--minutes",

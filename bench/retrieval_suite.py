@@ -26,7 +26,12 @@ CHUNKS = {"cpu": 1 << 13, "cuda": 1 << 16}  # tokens in one pass
 SOURCES = (
     *("attnlab/retrieval/batch.py", "attnlab/retrieval/tasks.py", "attnlab/retrieval/text.py"),
     *("attnlab/retrieval/mqar.py", "attnlab/retrieval/evaluate.py", "attnlab/retrieval/models.py"),
-    *("attnlab/retrieval/streaming.py", "attnlab/model", "attnlab/cache.py"),
+    *(
+        "attnlab/retrieval/streaming.py",
+        "attnlab/retrieval/attention.py",
+        "attnlab/model",
+        "attnlab/cache.py",
+    ),
 )
 
 
@@ -103,7 +108,7 @@ class RetrievalUnit:
         return {
             **{"status": "ok", "depth": cell.depth, "distance": cell.distance, "n": cell.n},
             **{"correct": cell.correct, "wilson_lo": low, "wilson_hi": high},
-            **{"margin": cell.margin, "cell": str(cell.depth)},
+            **{"margin": cell.margin, "attention": cell.attention, "cell": str(cell.depth)},
         }
 
 

@@ -11,9 +11,11 @@ from matplotlib.image import imread
 
 from attnlab.model import HybridLM
 from attnlab.retrieval import evaluate, train
+from attnlab.retrieval.attention import watched
 from attnlab.retrieval.evaluate import Loaded, cells_of, chosen_runs, load, tasks_of
 from attnlab.retrieval.plans import PLANS
-from attnlab.retrieval.tasks import make_batch
+from attnlab.retrieval.streaming import streamed_logits
+from attnlab.retrieval.tasks import Shape, make_batch
 from attnlab.retrieval.train import Run
 from bench import (
     document,
@@ -94,6 +96,44 @@ def test_chunks_change_no_cell(runs):
     ]
     margins = [[cell.margin for cell in cells] for cells in (one, other)]
     assert np.allclose(*margins, atol=1e-4)
+
+
+def test_attention_on_the_needle_is_its_softmax_weight():
+    """Of the last layer, in float64: weights from the definition, whatever the chunks."""
+    torch.manual_seed(0)
+    config = replace(SHORT, model="hybrid-3to1").build().config
+    model = HybridLM(config, dtype=torch.float64).eval()
+    batch = make_batch(
+        "needle",
+        rows=2,
+        length=120,
+        seed=0,
+        vocabulary=TINY.vocabulary,
+        shape=Shape(num_questions=3),
+    )
+    seen = {}
+    mixer = model.model.layers[-1].self_attn
+    original = mixer._attend
+
+    def attend(query, key, value, place, cache):
+        if cache is None:
+            seen.update(query=query, key=key)
+        return original(query, key, value, place, cache)
+
+    mixer._attend = attend
+    with torch.no_grad():
+        model(batch.input_ids)
+    del mixer._attend
+    scores = seen["query"] @ seen["key"].mT / 32**0.5
+    scores = scores.masked_fill(torch.ones(120, 120).triu(1).bool(), -torch.inf).softmax(-1)
+    rows = torch.arange(2)[:, None]
+    told = batch.asked - batch.distance[:, :, 0]
+    expected = scores.transpose(1, 2)[rows, batch.asked].transpose(1, 2)  # [B, H, Q, S]
+    expected = expected.gather(3, told[:, None, :, None].expand(2, 2, 3, 1))[..., 0]
+    with watched(model, batch) as weights:
+        streamed_logits(model, batch.input_ids, batch.tail_len, chunk=50)
+    assert len(weights) == 1 and torch.allclose(weights[0].double(), expected, rtol=1e-4, atol=1e-7)
+    assert "_attend" not in vars(mixer)
 
 
 def test_unfinished_runs_and_weights_of_another_config_are_refused(runs, tmp_path):

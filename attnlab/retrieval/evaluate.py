@@ -20,6 +20,7 @@ from attnlab.model.config import HybridConfig
 from attnlab.model.config_json import FULL, LINEAR
 from attnlab.model.hybrid import HybridLM
 from attnlab.retrieval import text
+from attnlab.retrieval.attention import watched
 from attnlab.retrieval.batch import ABSENT, Batch, found, items, margins
 from attnlab.retrieval.mixture import WEIGHTS
 from attnlab.retrieval.mqar import SETTINGS, mqar
@@ -40,7 +41,8 @@ class Cell:
 
     `distance` is the mean number of tokens between what tells an answer and its question. Both are
     None where answers are told nowhere in particular. `margin` is the mean of the answers' logits over
-    the best wrong one, in nats.
+    the best wrong one, in nats; `attention` the mean of the largest weight that any softmax head has on
+    what tells the answer, None without softmax layers.
     """
 
     depth: float | None
@@ -48,6 +50,7 @@ class Cell:
     n: int
     correct: int
     margin: float
+    attention: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,16 +145,23 @@ def evaluate(loaded: Loaded, task: str, length: int, *, chunk: int = CHUNK) -> l
     model = loaded.model
     batch = evaluation_batch(loaded, task, length, str(model.lm_head.weight.device))
     step = max(chunk // length, 1)
-    right, margin = [], []
+    right, margin, attention = [], [], []
     for start in range(0, batch.input_ids.shape[0], step):
         rows = batch.rows(slice(start, start + step))
-        logits = streamed_logits(model, rows.input_ids, rows.tail_len, chunk=chunk)
-        right.append(items(found(logits, rows), rows))
-        margin.append(items(margins(logits, rows), rows))
-    return cells_of(batch, torch.cat(right).cpu(), torch.cat(margin).cpu())
+        with watched(model, rows) as weights:
+            logits = streamed_logits(model, rows.input_ids, rows.tail_len, chunk=chunk)
+        right.append(items(found(logits, rows), rows).cpu())
+        margin.append(items(margins(logits, rows), rows).cpu())
+        attention += [torch.stack(weights).amax((0, 2))] if weights else []  # [B, Q]
+    weight = None
+    if attention and batch.answers.shape[2] == 1:
+        weight = items(torch.cat(attention)[..., None], batch)
+    return cells_of(batch, torch.cat(right), torch.cat(margin), weight)
 
 
-def cells_of(batch: Batch, right: Tensor, margin: Tensor) -> list[Cell]:
+def cells_of(
+    batch: Batch, right: Tensor, margin: Tensor, attention: Tensor | None = None
+) -> list[Cell]:
     """Cells of the items' results `[B, I, A]`, by eighths of their depths."""
     there = items(batch.answers != ABSENT, batch).cpu()
     depth, distance = (items(x, batch).cpu() for x in (batch.depth, batch.distance))
@@ -168,6 +178,7 @@ def cells_of(batch: Batch, right: Tensor, margin: Tensor) -> list[Cell]:
                     n=int(here.sum()),
                     correct=int(right[here].sum()),
                     margin=float(margin[here].double().mean()),
+                    attention=None if attention is None else float(attention[here].mean()),
                 )
             )
     return cells

@@ -76,7 +76,7 @@ class Plan:
 _FULL = Run(
     name="full",
     model="softmax",
-    curriculum=Curriculum(shortest=64, stages=((0.3, 128), (0.6, 256), (1.0, 1024))),
+    curriculum=Curriculum(shortest=16, stages=((0.2, 64), (0.4, 128), (0.6, 256), (1.0, 1024))),
     validation_lengths=(256, 1024, 4096),
 )
 _SMALL = Run(

@@ -327,7 +327,8 @@ def _distinct_of_many(draw: Draw, high: int, count: int) -> Tensor:
         return x
 
     numbers = mixed(torch.arange(count, device=draw.device).expand(draw.rows, count))
-    while bool((outside := numbers >= high).any()):
+    # Without numbers outside there is nothing to ask, which would wait for the device.
+    while high <= mask and bool((outside := numbers >= high).any()):
         numbers = torch.where(outside, mixed(numbers), numbers)
     return numbers
 

@@ -72,8 +72,8 @@ def needle_in_text(
     count = num_questions
     expect(1 <= count <= len(WORDS), f"num_questions in [1, {len(WORDS)}]", count)
     draw = Draw(rows, seed, text.device)
-    sentence, question = (_template(x, text.device) for x in KINDS[kind])
-    digits, width = int((sentence == ord("#")).sum()), len(sentence)
+    sentence, question = KINDS[kind]
+    digits, width = sentence.count("#"), len(sentence)
     needed = 1 + count * (width + len(question))
     expect(length >= needed, f"a length of at least {needed} bytes for the needles", length)
     words = torch.tensor([list(word.encode()) for word in WORDS], device=text.device)
@@ -115,20 +115,18 @@ def _apart(starts: Tensor, width: int, body: int) -> Tensor:
     return torch.minimum(forward, last)
 
 
-def _template(text: str, device: torch.device) -> Tensor:
-    return torch.tensor(list(text.encode()), device=device)
-
-
 def _ordered(x: Tensor, order: Tensor) -> Tensor:
     """`[B, Q, n]` with its second dimension in the order `[B, Q]`."""
     return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _filled(template: Tensor, keys: Tensor, numbers: Tensor) -> Tensor:
+def _filled(template: str, keys: Tensor, numbers: Tensor) -> Tensor:
     """Sentences `[B, Q, W]` with keys `[B, Q, 5]` and numbers `[B, Q, digits]` in their places."""
-    sentences = template.expand(*keys.shape[:2], -1).clone()
-    sentences[:, :, template == ord("@")] = keys
-    sentences[:, :, template == ord("#")] = numbers
+    bytes_ = torch.tensor(list(template.encode()), device=keys.device)
+    sentences = bytes_.expand(*keys.shape[:2], -1).clone()
+    for mark, x in (("@", keys), ("#", numbers)):
+        start = template.index(mark)
+        sentences[:, :, start : start + x.shape[2]] = x
     return sentences
 
 
