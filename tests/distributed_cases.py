@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from attnlab.distributed import blocks, halo, lasp, moe, parallel, ring, routing, states
+from attnlab.distributed.checkpoint import export_model, load_sharded, save_sharded
 from attnlab.distributed.comm import Group, Ledger, Pending, check_agreement
 from attnlab.distributed.mesh import Layout, Meshes
 from attnlab.distributed.pack import PackPlan
@@ -178,28 +179,57 @@ def run_training(rank, size, config, layout, packs, steps, mutation=None):
 
 
 def train_for(size, config, layout, packs, steps):
+    model, optimizer = start_training(size, config, layout)
+    log = [train_step(model, optimizer, packs) for _ in range(steps)]
+    return log, gather_state(model)
+
+
+def start_training(size, config, layout):
     torch.manual_seed(0)
     lm = HybridLM(config, dtype=torch.float64)
     lm.use_backend(lightning="torch")
     meshes = Meshes(Layout(world_size=size, **layout), "cpu")
     model = shard_parameters(ParallelLM(lm.train(), Context(meshes)))
-    optimizer = adamw(model)
+    return model, adamw(model)
+
+
+def train_step(model, optimizer, packs):
+    """Loss and gradient norm of one step over all packs."""
+    meshes = model.context.meshes
     dp, cp = meshes.group("dp"), meshes.group("cp")
     num_targets = sum(int((targets >= 0).sum()) for _, targets, _ in packs)
-    log = []
-    for _ in range(steps):
-        total = torch.zeros((), dtype=torch.float64)
-        for ids, targets, cu in packs[dp.rank :: dp.size]:
-            plan = PackPlan.contiguous(cu, cp.size)
-            share = int((targets >= 0).sum()) / num_targets
-            local = plan.shard(ids, cp.rank, 1), plan.shard(targets, cp.rank)
-            total += model.backward(*local, plan, num_targets=num_targets, share=share)
-        norm = gradient_norm(model)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = meshes.group("world").all_reduce(total).wait() / num_targets
-        log.append((loss.item(), norm.item()))
-    return log, gather_state(model)
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, targets, cu in packs[dp.rank :: dp.size]:
+        plan = PackPlan.contiguous(cu, cp.size)
+        share = int((targets >= 0).sum()) / num_targets
+        local = plan.shard(ids, cp.rank, 1), plan.shard(targets, cp.rank)
+        total += model.backward(*local, plan, num_targets=num_targets, share=share)
+    norm = gradient_norm(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss = meshes.group("world").all_reduce(total).wait() / num_targets
+    return loss.item(), norm.item()
+
+
+def run_resumed(rank, size, config, layout, packs, steps, folder, exported=None):
+    """Go on from the checkpoint in a folder for some steps, and leave one; the first step, and a log."""
+    model, optimizer = start_training(size, config, layout)
+    start = load_sharded(model, optimizer, folder)
+    log = [train_step(model, optimizer, packs) for _ in range(steps)]
+    save_sharded(model, optimizer, folder, start + steps, keep=1)
+    if exported is not None:
+        export_model(model, exported)
+    return start, log, gather_state(model)
+
+
+def run_wrong_resume(rank, size, config, layout, folder):
+    """The error of this rank."""
+    model, optimizer = start_training(size, config, layout)
+    try:
+        load_sharded(model, optimizer, folder)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 EPSILON = 1e-3  # large: AdamW makes a full step of a gradient that is but a rounding

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed_cases import EPSILON, MODEL_MUTATIONS, run_training
+from distributed_cases import EPSILON, MODEL_MUTATIONS, run_resumed, run_training, run_wrong_resume
 
+from attnlab.distributed.checkpoint import list_sharded
 from attnlab.model.config import HybridConfig
 from attnlab.model.hybrid import HybridLM
 
@@ -51,7 +52,7 @@ def packs():
     return found
 
 
-def alone(config):
+def alone(config, steps=STEPS):
     """The same steps in one process."""
     torch.manual_seed(0)
     model = HybridLM(config, dtype=torch.float64).train()
@@ -60,7 +61,7 @@ def alone(config):
     data = packs()
     counts = [int((targets >= 0).sum()) for _, targets, _ in data]
     log = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         total = 0.0
         for (ids, targets, cu), count in zip(data, counts, strict=True):
             output = model(ids, cu_seqlens=torch.tensor(cu))
@@ -111,3 +112,33 @@ def test_a_planted_defect_is_seen(worlds, mutation):
 
 def test_tied_embeddings_stay_one(worlds):
     check(worlds(2), replace(small(), tie_word_embeddings=True), {"cp": 2})
+
+
+def test_a_checkpoint_goes_on_at_another_number_of_ranks_and_is_read_by_one_process(
+    worlds, tmp_path
+):
+    config, folder = small(), tmp_path / "checkpoints"
+    log, parameters = alone(config, 3)
+    first = worlds(4).call(
+        run_resumed, config, {"dp": 2, "cp": 2, "ep": 2, "etp": 2}, packs(), 2, folder
+    )
+    assert first[0][0] == 0
+    (folder / "step-00000009.partial").mkdir()  # what an interrupted save leaves
+    layout = {"cp": 2, "ep": 2}
+    then = worlds(2).call(run_resumed, config, layout, packs(), 1, folder, tmp_path / "model")
+    for found in then:
+        assert found[0] == 2
+        assert found[1][0] == pytest.approx(log[2], rel=TOLERANCE)
+    assert [path.name for path in list_sharded(folder)] == ["step-00000003"]
+    model = HybridLM.from_pretrained(tmp_path / "model")
+    for name, parameter in model.named_parameters():
+        close = {"rtol": TOLERANCE, "atol": TOLERANCE}
+        torch.testing.assert_close(parameter, parameters[name], **close)
+
+
+def test_a_checkpoint_of_another_model_is_refused_on_every_rank(worlds, tmp_path):
+    worlds(2).call(run_resumed, small(), {"cp": 2}, packs(), 1, tmp_path)
+    other = replace(small(), rope_theta=1e4)
+    errors = worlds(2).call(run_wrong_resume, other, {"cp": 2}, tmp_path)
+    assert errors[0] == errors[1]
+    assert "expected a checkpoint of this model" in errors[0] and "rope_theta" in errors[0]
