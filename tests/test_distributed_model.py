@@ -14,9 +14,9 @@ STEPS = 3
 TOLERANCE = 1e-6  # float64, but for the routers' loads: one process has them in float32
 
 MESHES = {
-    2: [{"cp": 2}, {"dp": 2, "ep": 2}],
+    2: [{"cp": 2}, {"dp": 2, "ep": 2}, {"tp": 2, "etp": 2}],
     4: [{"dp": 2, "cp": 2, "ep": 2, "etp": 2}, {"cp": 4}],
-    8: [{"cp": 4, "dp": 2, "ep": 4, "etp": 2}, {"cp": 8, "ep": 8}],
+    8: [{"dp": 2, "cp": 4, "ep": 4, "etp": 2}, {"cp": 8, "ep": 8}, {"dp": 2, "cp": 2, "tp": 2}],
 }
 
 
@@ -94,6 +94,7 @@ def test_training_on_ranks_is_that_of_one_process(worlds, layout):
 def test_options_of_the_model_work_on_ranks(worlds):
     config = small(conv_width=3, qk_norm=True, log_length_scale=True, capacity_factor=0.8)
     check(worlds(2), config, {"cp": 2, "ep": 2})
+    check(worlds(2), config, {"tp": 2, "etp": 2})
 
 
 @pytest.mark.distributed_full

@@ -9,6 +9,7 @@ is skipped is skipped by all, for a reason that all can see.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -173,6 +174,22 @@ class Group:
                 received_bytes=received,
             )
             self.ledger.events.append(event)
+
+
+def sum_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """Sum over the ranks, with gradients: every rank's use of it counts, so they are summed too."""
+    return _SumOverRanks.apply(x, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return group.all_reduce(x.detach()).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.all_reduce(grad).wait(), None
 
 
 def check_agreement(group: Group, number: int, what: str) -> None:

@@ -80,12 +80,17 @@ class Meshes:
         self.world = init_device_mesh(device_type, (layout.world_size,), mesh_dim_names=("world",))
         self.dense = self._view(DENSE)
         self.sparse = self._view(SPARSE)
+        self._pack = self.dense["cp", "tp"]._flatten("pack")
         self._groups: dict[str, Group] = {}
 
     def group(self, axis: str) -> Group:
-        """This rank's group along an axis of either view, or "world"."""
+        """This rank's group along an axis of either view, or "world", or "pack".
+
+        The last are the ranks that share a pack, cp and tp, in the order of its tokens.
+        """
         if axis not in self._groups:
-            mesh = self.dense if axis in DENSE else self.sparse if axis in SPARSE else self.world
+            views = {**dict.fromkeys(DENSE, self.dense), **dict.fromkeys(SPARSE, self.sparse)}
+            mesh = views.get(axis, self._pack if axis == "pack" else self.world)
             process_group = mesh.get_group(axis)
             self._groups[axis] = Group(process_group, name=axis, ledger=self._ledger)
         return self._groups[axis]

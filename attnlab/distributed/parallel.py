@@ -1,112 +1,29 @@
-"""The hybrid model on many ranks: its tokens over dp and cp, its experts over ep and etp, with FSDP2.
+"""The hybrid model on many ranks: tokens over dp, cp and tp, experts over ep and etp, with FSDP2.
 
-Legend: L tokens of this rank, D hidden size, V vocabulary, N fragments.
+Legend: L tokens of a cp rank, l of this rank, D hidden size, V vocabulary.
 
-Every rank has tokens of its own, its part of the pack that its cp group shares. The mixers exchange
-states and keys over cp, the experts rows over ep and etp. Dense parameters are the same everywhere
+Every rank has tokens of its own, its part of the pack that its cp and tp groups share. The mixers
+exchange states and keys over cp and share heads over tp (`mixers`), the experts rows over ep and etp. Dense parameters are the same everywhere
 and sharded over all ranks, experts over edp, the ranks that hold the same ones. Gradients are summed,
 never averaged: the loss of a rank is its sum of token losses divided by the number of targets of
 the whole step, so that experts' gradients, which meet the tokens of all ranks already, are right too.
 """
-
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from attnlab.cache import LayerCache
 from attnlab.checks import expect
-from attnlab.distributed.halo import short_convolution
-from attnlab.distributed.lasp import lasp_attention
 from attnlab.distributed.mesh import Meshes
+from attnlab.distributed.mixers import REPLACEMENTS, Context
 from attnlab.distributed.moe import ExpertShard, mix_experts, shard_experts
 from attnlab.distributed.pack import PackPlan
-from attnlab.distributed.ring import ring_attention
 from attnlab.distributed.routing import Routing, route
-from attnlab.model.attention import LightningMixer, SoftmaxMixer
-from attnlab.model.convolution import ShortConvolution
 from attnlab.model.decoder import DecoderLayer
 from attnlab.model.hybrid import HybridLM
 from attnlab.model.moe import Experts, MixtureOfExperts, RouterLoad, balancing_loss
 from attnlab.model.placement import Placement
-
-
-@dataclass
-class Context:
-    """What the layers of a rank share: its meshes, the pack that is being worked on, and choices.
-
-    num_groups: of tokens, on their way through the experts; method: of LASP, see `lasp_attention`.
-    """
-
-    meshes: Meshes
-    num_groups: int = 2
-    method: str = "gather"
-    _plan: list[PackPlan] = field(default_factory=list)
-
-    @property
-    def plan(self) -> PackPlan:
-        """The pack that is being worked on."""
-        return self._plan[-1]
-
-    def work_on(self, plan: PackPlan) -> None:
-        """Take the pack of the next forward pass."""
-        self._plan[:] = [plan]
-
-
-class ContextLightning(LightningMixer):
-    """The lightning mixer, whose states cross the ranks of cp."""
-
-    context: Context
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        place: Placement,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        context = self.context
-        return lasp_attention(
-            query,
-            key,
-            value,
-            self.log_decay,
-            context.plan,
-            context.meshes.group("cp"),
-            method=context.method,
-            backend=self.backend,
-        )
-
-
-class ContextSoftmax(SoftmaxMixer):
-    """The softmax mixer, whose keys and values go around the ring of cp."""
-
-    context: Context
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        place: Placement,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        group = self.context.meshes.group("cp")
-        return ring_attention(query, key, value, self.context.plan, group)
-
-
-class ContextConvolution(ShortConvolution):
-    """The short convolution, which reaches into the chunk before."""
-
-    context: Context
-
-    def forward(self, x: Tensor, place: Placement, cache: LayerCache | None) -> Tensor:
-        """Convolve `[1, L, D]`."""
-        group = self.context.meshes.group("cp")
-        return short_convolution(x[0], self.weight, self.context.plan, group)[None]
 
 
 class ContextExperts(nn.Module):
@@ -116,7 +33,7 @@ class ContextExperts(nn.Module):
         """Take the part of whole experts that ep and etp give this rank."""
         super().__init__()
         self.context = context
-        groups = context.meshes.group("ep"), context.meshes.group("etp")
+        groups = context.group("ep"), context.group("etp")
         with torch.no_grad():
             shard = shard_experts(experts.gate_up_proj, experts.down_proj, *groups)
         self.gate_up_proj = nn.Parameter(shard.gate_up.clone())
@@ -124,13 +41,12 @@ class ContextExperts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """`[L, D]`: each token's experts, weighted."""
-        meshes = self.context.meshes
         return mix_experts(
             x,
             routing,
             ExpertShard(self.gate_up_proj, self.down_proj),
-            meshes.group("ep"),
-            meshes.group("etp"),
+            self.context.group("ep"),
+            self.context.group("etp"),
             num_groups=self.context.num_groups,
         )
 
@@ -149,16 +65,9 @@ class ContextMixture(nn.Module):
         """`[1, L, D]` and, in training, how the router spread the pack's tokens."""
         x = hidden[0]
         factor = self.capacity_factor if self.training else None
-        group = self.context.meshes.group("cp")
+        group = self.context.group("pack")
         routing, load = route(x, self.gate.weight, self.num_chosen, group, capacity_factor=factor)
         return self.experts(x, routing)[None], load if self.training else None
-
-
-_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
-    LightningMixer: ContextLightning,
-    SoftmaxMixer: ContextSoftmax,
-    ShortConvolution: ContextConvolution,
-}
 
 
 class ParallelLM(nn.Module):
@@ -168,7 +77,6 @@ class ParallelLM(nn.Module):
         """Take over a model that is the same on all ranks, parts of it replaced."""
         super().__init__()
         config = lm.config
-        expect(context.meshes.layout.tp == 1, "tp of 1", context.meshes.layout.tp)
         context.meshes.layout.check_model(
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
@@ -177,26 +85,27 @@ class ParallelLM(nn.Module):
         )
         self.lm, self.context = lm, context
         for module in list(lm.modules()):
-            for kind, replacement in _REPLACEMENTS.items():
+            for kind, replacement in REPLACEMENTS.items():
                 if type(module) is kind:
                     _become(module, replacement, context)
             if isinstance(module, DecoderLayer):
                 module.register_module("mlp", ContextMixture(module.mlp, context))
 
     def forward(self, input_ids: Tensor, plan: PackPlan) -> tuple[Tensor, list[RouterLoad]]:
-        """Logits `[1, L, V]` of this rank's ids `[1, L]`, and in training the pack's router loads.
+        """Logits `[1, l, V]` of this rank's part of ids `[1, L]`, and in training the router loads.
+
+        The loads are those of the whole pack.
 
         Raises:
-            ValueError: for another number of ids than the plan gives this rank.
+            ValueError: for another number of ids than the plan gives the cp rank.
         """
-        rank = self.context.meshes.group("cp").rank
+        rank = self.context.group("cp").rank
         expected = [1, plan.local_len(rank)]
         expect(list(input_ids.shape) == expected, f"ids {expected}", list(input_ids.shape))
         self.context.work_on(plan)
-        device = input_ids.device
-        positions = plan.document_positions(rank)[None].to(device)
+        positions = plan.document_positions(rank)[None].to(input_ids.device)
         place = Placement(positions=positions, cu_seqlens=plan.local_cu_seqlens(rank))
-        x, loads = self.lm.model(input_ids, place, None)
+        x, loads = self.lm.model(self.context.own_tokens(input_ids, 1), place, None)
         return self.lm.lm_head(self.lm.model.norm(x)), loads
 
     def backward(
@@ -205,20 +114,21 @@ class ParallelLM(nn.Module):
         """Add this rank's part of the gradients of a step's loss; returns its sum of token losses.
 
         Args:
-            input_ids: `[1, L]`, this rank's.
+            input_ids: `[1, L]`, of this cp rank, as `plan.shard` gives them.
             targets: `[L]`, -100 where none counts; shifted before the pack was spread.
             plan: the pack that the cp group shares.
             num_targets: of the whole step, on all ranks.
             share: the pack's of them, with which its balancing loss weighs.
         """
         logits, loads = self(input_ids, plan)
+        own = self.context.own_tokens(targets, 0)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        total = F.cross_entropy(logits[0].to(wide), targets, ignore_index=-100, reduction="sum")
+        total = F.cross_entropy(logits[0].to(wide), own, ignore_index=-100, reduction="sum")
         loss = total / num_targets
         if loads:
             config = self.lm.config
             balance = balancing_loss(loads, config.router_aux_loss)
-            coefficient = config.router_aux_loss_coef * share / plan.world_size
+            coefficient = config.router_aux_loss_coef * share / self.context.group("pack").size
             loss = loss + coefficient * balance
         loss.backward()
         return total.detach()
@@ -248,7 +158,7 @@ def gradient_norm(model: ParallelLM) -> Tensor:
     for parameter in model.parameters():
         if parameter.grad is not None:
             squares.append(_local(parameter.grad).square().sum())
-    total = model.context.meshes.group("world").all_reduce(torch.stack(squares).sum())
+    total = model.context.group("world").all_reduce(torch.stack(squares).sum())
     return total.wait().sqrt()
 
 

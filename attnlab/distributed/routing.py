@@ -9,13 +9,13 @@ dropped. With contiguous packs the order of ranks is that of the tokens, so that
 what one process drops.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnlab.distributed.comm import Group
+from attnlab.distributed.comm import Group, sum_over_ranks
 from attnlab.model.moe import RouterLoad
 
 
@@ -50,7 +50,7 @@ def route(
     if capacity_factor is not None:
         kept = _kept(experts, table, tokens.rank, capacity_factor)
     total = table.sum()
-    mass = _SumOverRanks.apply(logits.softmax(-1).sum(0), tokens)
+    mass = sum_over_ranks(logits.softmax(-1).sum(0), tokens)
     load = RouterLoad(table.sum(0).to(wide) * num_chosen / total, mass * num_chosen / total)
     return Routing(experts, best.softmax(-1), kept), load
 
@@ -66,16 +66,3 @@ def _kept(experts: Tensor, table: Tensor, rank: int, factor: float) -> Tensor:
     before = table[:rank].sum(0)  # slots of earlier ranks
     capacity = (table.sum().double() * (factor / table.shape[1])).ceil()
     return (before[slots] + number < capacity).view(experts.shape)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over the ranks; every rank's use of it counts, so the gradients are summed as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.all_reduce(x.detach()).wait()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.all_reduce(grad).wait(), None
