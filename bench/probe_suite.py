@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from attnlab.retrieval.intervals import wilson
+from attnlab.retrieval.pairs import READINGS, Stream
 from attnlab.retrieval.probe import (
     CHUNK,
-    READINGS,
     Head,
     Recall,
-    Stream,
     minimax_heads,
     probe_lightning,
     probe_softmax,
@@ -26,10 +25,11 @@ SHORT_LEN = 1 << 14  # tokens after which all that happens at head dims 32 and 1
 SPARSE_GAP = 256
 LOGIT_SCALES = (4.0, 8.0, 12.0)
 LEAST_LEN = 1 << 10
+DRAW = 512
 CALLS = 2e9  # operations that take as long as the calls of a short stream, on a CPU
 SOURCES = (
-    *("attnlab/retrieval/probe.py", "attnlab/retrieval/theory.py", "attnlab/chunked.py"),
-    *("attnlab/sdpa.py", "kernels_triton"),
+    *("attnlab/retrieval/probe.py", "attnlab/retrieval/pairs.py", "attnlab/retrieval/theory.py"),
+    *("attnlab/chunked.py", "attnlab/sdpa.py", "kernels_triton"),
 )
 
 
@@ -66,8 +66,10 @@ class ProbeUnit:
         return ""
 
     def work(self) -> float:
+        dim, tokens = self.stream.head_dim, self.stream.num_tokens
         heads = len(self.heads()) if self.op == "lightning" else 1
-        return self.stream.num_tokens * self.stream.head_dim**2 * heads + CALLS
+        drawn = DRAW / self.stream.write_gap  # making a pair takes as long as so many products
+        return tokens * dim * (heads * dim + drawn) + CALLS
 
     def series(self) -> str:
         return self.op

@@ -1,7 +1,6 @@
-"""Figures of recall: of the untrained ops beside their prediction, of trained models by length and depth.
+"""Figures of trained models: what they find by length, depth, distance, state and task.
 
-A marker was measured, its bar is Wilson's 95 % interval; a line through markers joins them, a line
-without is the closed form of `attnlab.retrieval.theory`. Hatched cells were skipped.
+A marker was measured, its bar is Wilson's 95 % interval. Hatched cells were skipped.
 """
 
 import math
@@ -12,18 +11,24 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import FuncFormatter
 
-from attnlab.decay import minimax_log_decay
-from attnlab.retrieval import theory
-from attnlab.retrieval.intervals import wilson
-from attnlab.retrieval.probe import MINIMAX_HEADS, MINIMAX_LAYERS
 from bench import published
 from bench.fit import format_len
 from bench.lines import Row, format_bytes
+from bench.probe_figures import make_horizon_figure, make_probe_figure
+from bench.recall_axes import (
+    PANEL,
+    SHADES,
+    STYLE,
+    draw_share,
+    grouped,
+    length_axis,
+    of_suite,
+    recall,
+    share_axis,
+)
 
-STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.grid": True, "grid.alpha": 0.3}
-PANEL = (5.0, 4.4)  # inches
 # Okabe-Ito colours; softmax warm and lightning blue as in the other figures.
 MODELS = {
     "softmax": ("#D55E00", "v"),
@@ -32,7 +37,6 @@ MODELS = {
     "hybrid-3to1": ("#CC79A7", "D"),
     "hybrid-1to1": ("#E69F00", "P"),
 }
-SHADES = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#777777", "#000000")
 OTHERS = ("#000000", "#777777", "#8A3D00", "#56B4E9", "#7A5195", "#B8860B", "#2F6B4F", "#A0A0FF")
 HAYSTACKS = {
     "needle": "needle in noise",
@@ -41,169 +45,13 @@ HAYSTACKS = {
 }
 
 
-def recall(rows: list[Row]) -> tuple[float, float, float]:
-    """Share of all items of some rows that were found, and its interval."""
-    correct, n = (sum(row[name] for row in rows) for name in ("correct", "n"))
-    return correct / n, *wilson(correct, n)
-
-
-def of_suite(rows: list[Row], suite: str) -> list[Row]:
-    """Measured rows of a suite."""
-    return [row for row in rows if row.get("suite") == suite and row["status"] == "ok"]
-
-
-def length_axis(axes: Axes, values: list[float]) -> None:
-    """Powers of two as 1K, 1M, at most eight of them, the largest always labelled."""
-    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
-    step = 1 + (high - low) // 8
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator([2.0**p for p in range(high, low - 1, -step)]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_len(x)))
-    axes.minorticks_off()
-
-
-def share_axis(axes: Axes) -> None:
-    """Accuracy from 0 to 100 %."""
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
-
-
-def draw_share(
-    axes: Axes, x: list[float], shares: list[tuple[float, float, float]], **style
-) -> None:
-    """Shares with bars of their intervals."""
-    middle = np.array([share for share, _, _ in shares])
-    bars = np.abs(np.array([(lo, hi) for _, lo, hi in shares]).T - middle)
-    axes.errorbar(x, middle, yerr=bars, capsize=2, elinewidth=1, **style)
-
-
-def head_label(row: Row) -> str:
-    """Which of MiniMax-01's heads a row is of, and in how many tokens its writes fade by a factor e."""
-    if row["slope"] == 0:
-        return "no decay"
-    fades = format_len(round(1 / row["slope"]))
-    return f"layer {row['layer'].partition('/')[0]}, head {row['head']}: 1/e in {fades}"
-
-
-def make_probe_figure(rows: list[Row]) -> Figure | None:
-    """Recall by distance and by number of tokens, measured and predicted; None without any."""
-    rows = of_suite(rows, "probe")
-    light = [row for row in rows if row["op"] == "lightning"]
-    decaying = [row for row in light if row["distance"] is not None and row["head_dim"] == 64]
-    panels: list[tuple[str, str, Callable[[Axes], None]]] = []
-    for gap in sorted({row["write_gap"] for row in decaying}):
-        own = [row for row in decaying if row["write_gap"] == gap]
-        words = "every token writes" if gap == 1 else f"one token in {gap} writes"
-        title, label = f"lightning, {words}", "distance of the pair in tokens"
-        panels.append((title, label, lambda axes, own=own: _by_distance(axes, own)))
-    flat = [r for r in light if r["distance"] is None and r["write_gap"] == 1]
-    if flat:
-        title = "lightning without decay: capacity"
-        panels.append((title, "pairs written", lambda axes: _by_dim(axes, flat)))
-    soft = [row for row in rows if row["op"] == "softmax"]
-    if soft:
-        panels.append(("softmax", "keys in the context", lambda axes: _by_scale(axes, soft)))
-    return _panels("Recall without training", panels) if panels else None
-
-
-def _panels(title: str, panels: list[tuple[str, str, Callable[[Axes], None]]]) -> Figure:
-    """Panels in one row, or two from four on, each with a legend of its own."""
-    columns = 2 if len(panels) >= 4 else len(panels)
-    lines = math.ceil(len(panels) / columns)
-    size = max(columns * PANEL[0] * 1.15, 8.0), lines * PANEL[1]
-    figure = Figure(size, dpi=150, layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (name, label, draw) in zip(grid, panels, strict=False):
-        axes.set_title(name)
-        axes.set_xlabel(label)
-        axes.set_ylabel("recalled")
-        share_axis(axes)
-        draw(axes)
-    figure.suptitle(f"{title}\nmarkers: measured, with 95 % intervals; lines: predicted")
-    return figure
-
-
-def _curves(axes: Axes, groups: dict[str, list[Row]], place: str) -> None:
-    """A colour a group: markers as measured, a line as predicted."""
-    everywhere = [max(row[place], 1) for group in groups.values() for row in group]
-    length_axis(axes, everywhere)
-    for colour, (label, group) in zip(SHADES, groups.items(), strict=False):
-        best: dict[int, Row] = {}
-        for row in group:  # of several streams the longest
-            if row[place] not in best or row["q_len"] >= best[row[place]]["q_len"]:
-                best[row[place]] = row
-        ordered = [best[x] for x in sorted(best)]
-        x = [max(row[place], 1) for row in ordered]
-        axes.plot(x, [row["predicted"] for row in ordered], color=colour, linewidth=1.3)
-        shares = [recall([row]) for row in ordered]
-        draw_share(axes, x, shares, color=colour, fmt="o", markersize=4, label=label)
-    axes.legend(fontsize=8)
-
-
-def _grouped(rows: list[Row], label: Callable[[Row], str]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(label(row), []).append(row)
-    return groups
-
-
-def _by_distance(axes: Axes, rows: list[Row]) -> None:
-    ordered = sorted(rows, key=lambda row: -row["slope"])
-    _curves(axes, _grouped(ordered, head_label), "distance")
-
-
-def _by_dim(axes: Axes, rows: list[Row]) -> None:
-    ordered = sorted(rows, key=lambda row: row["head_dim"])
-    _curves(axes, _grouped(ordered, lambda row: f"head dim {row['head_dim']}"), "q_len")
-
-
-def _by_scale(axes: Axes, rows: list[Row]) -> None:
-    def label(row: Row) -> str:
-        return (
-            "logit scale ln N" if row["per_log_length"] else f"logit scale {row['logit_scale']:g}"
-        )
-
-    ordered = sorted(rows, key=lambda row: (row["per_log_length"], row["logit_scale"]))
-    _curves(axes, _grouped(ordered, label), "q_len")
-
-
-def make_horizon_figure(write_gap: int = 256, head_dim: int = 128) -> Figure:
-    """How far back each of MiniMax-01's lightning heads recalls by the closed form."""
-    horizon = np.full((MINIMAX_LAYERS, MINIMAX_HEADS), np.nan)
-    for layer in range(MINIMAX_LAYERS):
-        if layer % 8 != 7:
-            for head, g in enumerate(minimax_log_decay(MINIMAX_HEADS, layer, MINIMAX_LAYERS)):
-                horizon[layer, head] = theory.lightning_horizon(
-                    -float(g), key_dim=head_dim, value_dim=head_dim, write_gap=write_gap
-                )
-    figure = Figure((8.0, 5.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.grid(False)
-    axes.set_facecolor("#bbbbbb")
-    image = axes.imshow(
-        np.log2(np.maximum(horizon, 1)), aspect="auto", origin="lower", cmap="viridis"
-    )
-    bar = figure.colorbar(image, ax=axes, label="tokens back to which half is recalled")
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_len(round(2**y))))
-    axes.set_xlabel("head, from the fastest decay to the slowest")
-    axes.set_ylabel("layer (grey: softmax)")
-    longest = format_len(round(float(np.nanmax(horizon))))
-    figure.suptitle(
-        "Recall horizon of MiniMax-01's lightning heads, predicted\n"
-        f"head dim {head_dim}, one token in {write_gap} writes; the longest is {longest}"
-    )
-    return figure
-
-
 def make_decay_figure(rows: list[Row]) -> Figure | None:
     """Recall of needles by length, a line a model: architectures, and the recipe's parts left out."""
     rows = [r for r in of_suite(rows, "retrieval") if r["task"] in HAYSTACKS]
     symbols = [row for row in rows if row["task"] == "needle" and not row["seed"]]
-    main = {m: rs for m, rs in _grouped(symbols, lambda r: r["model"]).items() if m in MODELS}
-    without = {m: r for m, r in _grouped(symbols, lambda r: r["model"]).items() if m not in MODELS}
-    texts = _grouped(
+    main = {m: rs for m, rs in grouped(symbols, lambda r: r["model"]).items() if m in MODELS}
+    without = {m: r for m, r in grouped(symbols, lambda r: r["model"]).items() if m not in MODELS}
+    texts = grouped(
         [r for r in rows if r["task"] != "needle"],
         lambda r: f"{r['model']}: {HAYSTACKS[r['task']]}",
     )
@@ -246,7 +94,7 @@ def _lengths(axes: Axes, lines: dict[str, list[Row]]) -> None:
     order = {name: i for i, name in enumerate(MODELS)}
     ordered = sorted(lines.items(), key=lambda pair: order.get(pair[0], len(order)))
     for number, (model, group) in enumerate(ordered):
-        by_len = _grouped(group, lambda row: row["q_len"])
+        by_len = grouped(group, lambda row: row["q_len"])
         x = sorted(by_len)
         colour, marker = look_of(model, number)
         style = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 5}
@@ -260,7 +108,7 @@ def make_depth_figure(rows: list[Row]) -> Figure | None:
     """Recall of needles by depth and length, a panel a model."""
     found = [row for row in rows if row.get("suite") == "retrieval" and row.get("task") == "needle"]
     measured = [row for row in of_suite(found, "retrieval") if not row["seed"]]
-    models = list(_grouped(measured, lambda row: row["model"]))
+    models = list(grouped(measured, lambda row: row["model"]))
     if not models:
         return None
     order = {name: i for i, name in enumerate(MODELS)}
@@ -308,14 +156,14 @@ def _heat(axes: Axes, model: str, rows: list[Row], lengths: list[int]):
 def make_state_figure(rows: list[Row]) -> Figure | None:
     """Recall of needles against the bytes that a model keeps, a line a model, a marker a length."""
     rows = [r for r in of_suite(rows, "retrieval") if r["task"] == "needle" and not r["seed"]]
-    lines = {m: r for m, r in _grouped(rows, lambda r: r["model"]).items() if m in MODELS}
+    lines = {m: r for m, r in grouped(rows, lambda r: r["model"]).items() if m in MODELS}
     if not lines:
         return None
     figure = Figure((7.5, PANEL[1] + 0.4), dpi=150, layout="constrained")
     axes = figure.subplots()
     share_axis(axes)
     for number, (model, group) in enumerate(lines.items()):
-        by_len = _grouped(group, lambda row: row["q_len"])
+        by_len = grouped(group, lambda row: row["q_len"])
         ordered = sorted(by_len)
         x = [by_len[n][0]["state_bytes"] for n in ordered]
         colour, marker = look_of(model, number)
@@ -339,7 +187,7 @@ def make_state_figure(rows: list[Row]) -> Figure | None:
 def make_distance_figure(rows: list[Row]) -> Figure | None:
     """Recall of needles by distance, all lengths of a model together, an octave of distances a marker."""
     rows = [r for r in of_suite(rows, "retrieval") if r["task"] == "needle" and not r["seed"]]
-    lines = {m: r for m, r in _grouped(rows, lambda r: r["model"]).items() if m in MODELS}
+    lines = {m: r for m, r in grouped(rows, lambda r: r["model"]).items() if m in MODELS}
     if not lines:
         return None
     figure = Figure((7.5, PANEL[1] + 0.4), dpi=150, layout="constrained")
@@ -347,7 +195,7 @@ def make_distance_figure(rows: list[Row]) -> Figure | None:
     share_axis(axes)
     length_axis(axes, [row["distance"] for row in rows])
     for number, (model, group) in enumerate(lines.items()):
-        octaves = _grouped(group, lambda row: row["distance"].bit_length())
+        octaves = grouped(group, lambda row: row["distance"].bit_length())
         x = [2 ** (octave - 0.5) for octave in sorted(octaves)]
         colour, marker = look_of(model, number)
         shares = [recall(octaves[octave]) for octave in sorted(octaves)]
@@ -364,7 +212,7 @@ def make_task_figure(rows: list[Row]) -> Figure | None:
     rows = [
         r for r in of_suite(rows, "retrieval") if not r["seed"] and r["model"].partition("-")[0]
     ]
-    tasks = _grouped([r for r in rows if r["input"] != "text"], lambda row: row["task"])
+    tasks = grouped([r for r in rows if r["input"] != "text"], lambda row: row["task"])
     if set(tasks) <= {"needle"}:
         return None
     columns = min(4, len(tasks))
@@ -374,7 +222,7 @@ def make_task_figure(rows: list[Row]) -> Figure | None:
     for axes in grid[len(tasks) :]:
         axes.set_visible(False)
     for number, (axes, (task, group)) in enumerate(zip(grid, tasks.items(), strict=False)):
-        own = {m.removesuffix("-mqar"): r for m, r in _grouped(group, lambda r: r["model"]).items()}
+        own = {m.removesuffix("-mqar"): r for m, r in grouped(group, lambda r: r["model"]).items()}
         axes.set_title(task.replace("_", " "))
         _lengths(axes, {m: r for m, r in own.items() if m in MODELS} or own)
         axes.get_legend().set_visible(number == 0)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attnlab.retrieval.train import Trained
+from attnlab.retrieval.runs import Trained
 from bench import document as doc
 from bench import retrieval_suite
 from bench.fit import format_len
 from bench.lines import Row
-from bench.retrieval_figures import MODELS, head_label, of_suite, recall
+from bench.probe_figures import head_label
+from bench.recall_axes import of_suite, recall
+from bench.retrieval_figures import MODELS
 
 GOOD = 0.9
 CAPTIONS = {
@@ -125,14 +127,19 @@ def probe_findings(rows: list[Row]) -> list[str]:
     ratios = [max(a / b, b / a) for _, a, b in found]
     worst = found[ratios.index(max(ratios))]
     longest = format_len(max(row["q_len"] for row in measured))
-    light = max((item for item in found if item[0].startswith("lightning")), key=lambda x: x[1])
-    return [
+    fading = [item for item in found if "1/e in" in item[0]]
+    sentences = [
         f"Pairs were streamed to {longest} tokens. Where recall falls to one half is predicted "
         f"within a factor of {max(ratios):.2f} in all {len(found)} series (worst: {worst[0]}, "
         f"{format_len(round(worst[1]))} measured, {format_len(round(worst[2]))} predicted).",
-        f"The farthest that a lightning head recalls half of its pairs is "
-        f"{format_len(round(light[1]))} tokens ({light[0]}).",
     ]
+    if fading:
+        name, tokens, _ = max(fading, key=lambda item: item[1])
+        sentences.append(
+            f"The farthest at which a decaying head recalls half of its pairs is "
+            f"{format_len(round(tokens))} tokens ({name})."
+        )
+    return sentences
 
 
 def by_length(rows: list[Row], task: str = "needle") -> dict[str, dict[int, list[Row]]]:

@@ -16,7 +16,7 @@ from attnlab.retrieval import evaluate
 from attnlab.retrieval.evaluate import Cell, Loaded
 from attnlab.retrieval.intervals import wilson
 from attnlab.retrieval.mqar import SETTINGS
-from attnlab.retrieval.train import Trained, read_trained
+from attnlab.retrieval.runs import Trained, read_trained
 from bench.plan import ROOT, lengths
 from bench.rows import Row
 
@@ -24,8 +24,9 @@ SHIPPED = ROOT / "results" / "h200" / "retrieval"
 LEAST_LEN = 1 << 10
 CHUNKS = {"cpu": 1 << 13, "cuda": 1 << 16}  # tokens in one pass
 SOURCES = (
-    *("attnlab/retrieval/batch.py", "attnlab/retrieval/tasks.py", "attnlab/retrieval/text.py"),
-    *("attnlab/retrieval/mqar.py", "attnlab/retrieval/evaluate.py", "attnlab/retrieval/models.py"),
+    *("attnlab/retrieval/batch.py", "attnlab/retrieval/symbols.py", "attnlab/retrieval/tasks.py"),
+    *("attnlab/retrieval/text.py", "attnlab/retrieval/mqar.py", "attnlab/retrieval/evaluate.py"),
+    *("attnlab/retrieval/models.py",),
     *(
         "attnlab/retrieval/streaming.py",
         "attnlab/retrieval/attention.py",

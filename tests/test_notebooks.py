@@ -28,8 +28,13 @@ def pictures(notebook):
     return [o for o in outputs if "image/png" in o.get("data", {})]
 
 
-def test_there_are_two_notebooks():
-    assert NAMES == ["01_lightning_from_scratch", "02_linear_versus_softmax"]
+def test_there_are_four_notebooks():
+    assert NAMES == [
+        "01_lightning_from_scratch",
+        "02_linear_versus_softmax",
+        "03_retrieval_decay",
+        "04_the_hybrid",
+    ]
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == NAMES
 
 
@@ -63,3 +68,14 @@ def test_linear_versus_softmax_shows_the_sample_from_its_own_folder():
     assert len(pictures(notebook)) == 6
     text = nbformat.writes(notebook)
     assert "results/sample" in text and "exponent of" in text
+
+
+def test_retrieval_decay_shows_the_sample_from_its_own_folder():
+    notebook = run("03_retrieval_decay", FOLDER, RUN="results/sample-recall")
+    assert len(pictures(notebook)) == 7
+    text = nbformat.writes(notebook)
+    assert "is predicted within a factor of" in text and "hybrid-3to1 finds 90 % or more" in text
+
+
+def test_the_hybrid_runs_from_the_root():
+    assert len(pictures(run("04_the_hybrid", ROOT))) == 5

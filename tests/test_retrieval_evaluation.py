@@ -14,9 +14,10 @@ from attnlab.retrieval import evaluate, train
 from attnlab.retrieval.attention import watched
 from attnlab.retrieval.evaluate import Loaded, cells_of, chosen_runs, load, tasks_of
 from attnlab.retrieval.plans import PLANS
+from attnlab.retrieval.runs import Run
 from attnlab.retrieval.streaming import streamed_logits
-from attnlab.retrieval.tasks import Shape, make_batch
-from attnlab.retrieval.train import Run
+from attnlab.retrieval.symbols import Shape
+from attnlab.retrieval.tasks import make_batch
 from bench import (
     document,
     findings,

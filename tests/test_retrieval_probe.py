@@ -8,7 +8,8 @@ import torch
 from attnlab.decay import minimax_log_decay
 from attnlab.retrieval import probe, theory
 from attnlab.retrieval.intervals import wilson
-from attnlab.retrieval.probe import Head, Stream, minimax_heads, probe_lightning, probe_softmax
+from attnlab.retrieval.pairs import READINGS, Pairs, Stream
+from attnlab.retrieval.probe import Head, minimax_heads, probe_lightning, probe_softmax
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DIMS = {"key_dim": 64, "value_dim": 64}
@@ -16,9 +17,9 @@ DIMS = {"key_dim": 64, "value_dim": 64}
 
 def everything(stream):
     """Keys `[N, K]`, values `[N, V]`, entries `[N]` of a stream, joined from the probe's chunks."""
-    pairs = probe._Pairs(stream, "cpu", torch.float32)
+    pairs = Pairs(stream, "cpu", torch.float32)
     gap = stream.write_gap
-    step = stream.num_tokens // (2 * probe.READINGS * gap) * gap
+    step = stream.num_tokens // (2 * READINGS * gap) * gap
     chunks = [
         pairs.chunk(start, stop, number)
         for number, (start, stop) in enumerate(probe._chunks(stream, step), start=1)
@@ -33,7 +34,7 @@ def test_streamed_recall_is_that_of_a_sum_over_all_writes(gap):
     slope = 0.02 / gap
     pairs, keys, values, entries = everything(stream)
     rows = list(probe_lightning(stream, [Head(slope=slope)]))
-    step = stream.num_tokens // (2 * probe.READINGS * gap) * gap
+    step = stream.num_tokens // (2 * READINGS * gap) * gap
     moments = range(stream.num_tokens - 63 * step, stream.num_tokens + 1, step)
     assert [row.distance for row in rows] == [gap << i for i in range(11)]
     for row in rows:
@@ -69,7 +70,7 @@ def test_chunks_of_softmax_add_up_to_attention_over_all_keys(monkeypatch):
     monkeypatch.setattr(probe, "CHUNK", 100)
     stream, scale = Stream(num_tokens=512, head_dim=32), 6.0
     rows = list(probe_softmax(stream, [scale], per_log_length=0.7))
-    pairs = probe._Pairs(stream, "cpu", torch.float32)
+    pairs = Pairs(stream, "cpu", torch.float32)
     bounds = sorted({0, 64, 128, 256, 512, 100, 200, 300, 400, 500})
     parts = [pairs.chunk(a, b, i) for i, (a, b) in enumerate(zip(bounds, bounds[1:]), 1)]  # noqa: RUF007, B905
     keys, values, entries = (torch.cat(x) for x in zip(*parts, strict=True))

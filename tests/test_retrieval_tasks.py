@@ -15,19 +15,18 @@ from attnlab.retrieval.batch import (
     margins,
 )
 from attnlab.retrieval.mqar import SETTINGS, mqar
-from attnlab.retrieval.tasks import (
+from attnlab.retrieval.symbols import (
     ALL,
     BEGIN,
     FREQUENT,
     LIST,
     QUERY,
     SPECIALS,
-    TASKS,
     TRACK,
     Shape,
     Vocabulary,
-    make_batch,
 )
+from attnlab.retrieval.tasks import TASKS, make_batch
 from attnlab.retrieval.text import KINDS, WORDS, needle_in_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -25,9 +25,9 @@ from attnlab.retrieval.mixture import (
 )
 from attnlab.retrieval.models import KINDS, RAMP, VARIANTS, model_of, start_as_shifts
 from attnlab.retrieval.plans import PLANS, Session, best_rates, run_plan
+from attnlab.retrieval.runs import Run, Trained, read_trained
 from attnlab.retrieval.streaming import absorb, streamed_logits, tail_logits
-from attnlab.retrieval.tasks import Vocabulary
-from attnlab.retrieval.train import Run, Trained, read_trained
+from attnlab.retrieval.symbols import Vocabulary
 from attnlab.training.log import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")

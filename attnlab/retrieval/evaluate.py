@@ -24,9 +24,9 @@ from attnlab.retrieval.attention import watched
 from attnlab.retrieval.batch import ABSENT, Batch, found, items, margins
 from attnlab.retrieval.mixture import WEIGHTS
 from attnlab.retrieval.mqar import SETTINGS, mqar
+from attnlab.retrieval.runs import Trained, read_trained
 from attnlab.retrieval.streaming import CHUNK, streamed_logits
 from attnlab.retrieval.tasks import NUM_FREQUENT, make_batch
-from attnlab.retrieval.train import Trained, read_trained
 
 NUM_DEPTHS = 8
 SEQUENCES = 8

@@ -15,7 +15,8 @@ from torch import Tensor
 from attnlab.checks import expect
 from attnlab.retrieval import mqar, text
 from attnlab.retrieval.batch import ABSENT, Batch, found, items, join
-from attnlab.retrieval.tasks import MAX_HOPS, Shape, Vocabulary, make_batch
+from attnlab.retrieval.symbols import MAX_HOPS, Shape, Vocabulary
+from attnlab.retrieval.tasks import make_batch
 
 DATA = ("symbols", "mqar", "text")
 WEIGHTS = {  # shares of a batch's rows

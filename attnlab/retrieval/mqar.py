@@ -12,7 +12,7 @@ import torch
 
 from attnlab.checks import expect
 from attnlab.retrieval.batch import Batch
-from attnlab.retrieval.tasks import Draw
+from attnlab.retrieval.symbols import Draw
 
 VOCAB_SIZE = 8192
 POWER = 0.01

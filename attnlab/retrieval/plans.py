@@ -21,9 +21,10 @@ from torch import Tensor
 from attnlab.checks import expect
 from attnlab.retrieval.mixture import Curriculum
 from attnlab.retrieval.models import KINDS
-from attnlab.retrieval.tasks import Vocabulary
+from attnlab.retrieval.runs import Run, Trained, read_trained
+from attnlab.retrieval.symbols import Vocabulary
 from attnlab.retrieval.text import load_text
-from attnlab.retrieval.train import Run, Trained, read_trained, train
+from attnlab.retrieval.train import train
 
 ABLATIONS = (
     *("hybrid-7to1.no-ramp", "hybrid-7to1.no-log-length", "hybrid-7to1.half-rotary"),

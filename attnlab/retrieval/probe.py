@@ -21,32 +21,10 @@ from attnlab import functional
 from attnlab.checks import expect
 from attnlab.decay import minimax_log_decay
 from attnlab.retrieval import theory
+from attnlab.retrieval.pairs import READINGS, Pairs, Stream
 
-READINGS = 64
 CHUNK = 1 << 15
 MINIMAX_HEADS, MINIMAX_LAYERS = 64, 80
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """What is written: pairs of which dims, how densely, how far.
-
-    Raises:
-        ValueError: for fewer tokens than a reading needs, or no writes.
-    """
-
-    num_tokens: int
-    head_dim: int = 64
-    write_gap: int = 1
-    codebook: int = theory.CODEBOOK
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the sizes."""
-        least = 2 * READINGS * self.write_gap
-        expect(self.write_gap >= 1, "write_gap >= 1", self.write_gap)
-        expect(self.num_tokens >= least, f"at least {least} tokens", self.num_tokens)
-        expect(self.codebook >= 2 and self.head_dim >= 2, "codebook and head_dim >= 2", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,53 +75,6 @@ def minimax_heads() -> list[Head]:
     return [*(Head(slope=s, layer=layer, head=h) for s, (layer, h) in named), Head(slope=0.0)]
 
 
-class _Pairs:
-    """The pairs of a stream, chunk by chunk; a chunk is the same whenever it is drawn."""
-
-    def __init__(self, stream: Stream, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.stream, self.device, self.dtype = stream, torch.device(device), dtype
-        entries = torch.randn(stream.codebook, stream.head_dim, **self._from(0))
-        self.codebook = entries / entries.norm(dim=1, keepdim=True)  # [C, V]
-
-    def _from(self, number: int) -> dict:
-        seed = self.stream.seed * 1_000_003 + number
-        return {
-            "generator": torch.Generator(self.device).manual_seed(seed),
-            "device": self.device,
-            "dtype": torch.float32,
-        }
-
-    def chunk(self, start: int, stop: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys `[T, K]` and values `[T, V]` in the stream's dtype, and entries `[T]` of the codebook.
-
-        Tokens between writes have zero keys.
-        """
-        flags = self._from(number)
-        first = -start % self.stream.write_gap  # the first write in the chunk
-        count = len(range(first, stop - start, self.stream.write_gap))
-        drawn = torch.randn(count, self.stream.head_dim, **flags)
-        drawn /= drawn.norm(dim=1, keepdim=True)
-        ids = torch.randint(
-            self.stream.codebook, (count,), generator=flags["generator"], device=self.device
-        )
-        keys = drawn
-        entries = ids
-        if self.stream.write_gap > 1:
-            keys = drawn.new_zeros(stop - start, self.stream.head_dim)
-            keys[first :: self.stream.write_gap] = drawn
-            entries = ids.new_zeros(stop - start)
-            entries[first :: self.stream.write_gap] = ids
-        return keys.to(self.dtype), self.codebook[entries].to(self.dtype), entries
-
-    def judge(self, outputs: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether `[..., V]` is nearest to its entry `[...]`, and the margin, both `[...]`."""
-        products = outputs.float() @ self.codebook.T  # [..., C]
-        own = products.gather(-1, entries[..., None])
-        others = products.scatter(-1, entries[..., None], float("-inf")).amax(-1)
-        margin = own[..., 0] - others
-        return margin > 0, margin
-
-
 def probe_lightning(
     stream: Stream,
     heads: list[Head],
@@ -158,7 +89,7 @@ def probe_lightning(
     of 64 moments in the stream's second half; without decay all distances are alike, and 64 pairs
     are read whenever the number of tokens has doubled.
     """
-    pairs = _Pairs(stream, device, dtype)
+    pairs = Pairs(stream, device, dtype)
     log_decay = torch.tensor([-head.slope for head in heads], dtype=torch.float32, device=device)
     gap = stream.write_gap
     step = stream.num_tokens // (2 * READINGS * gap) * gap
@@ -188,7 +119,7 @@ def probe_lightning(
 class _Kept:
     """Keys and entries that will be asked for, at their positions, until they are."""
 
-    def __init__(self, pairs: _Pairs, stream: Stream, distances: list[int], step: int) -> None:
+    def __init__(self, pairs: Pairs, stream: Stream, distances: list[int], step: int) -> None:
         self.pairs, self.gap = pairs, stream.write_gap
         last = stream.num_tokens // step * step
         self.moments = set(range(last - (READINGS - 1) * step, last + 1, step))
@@ -328,7 +259,7 @@ def probe_softmax(
     expect(
         stream.write_gap == 1, "write_gap 1: softmax has no use for empty keys", stream.write_gap
     )
-    pairs = _Pairs(stream, device, dtype)
+    pairs = Pairs(stream, device, dtype)
     lengths = _doublings(stream)
     heads = [(scale, lengths, False) for scale in logit_scales]
     if per_log_length is not None:

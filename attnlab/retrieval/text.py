@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnlab.checks import expect
 from attnlab.retrieval.batch import Batch
-from attnlab.retrieval.tasks import Draw
+from attnlab.retrieval.symbols import Draw
 from attnlab.training.data import Corpus, read_corpus
 from attnlab.training.tokenizer import ByteTokenizer
 

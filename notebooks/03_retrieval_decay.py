@@ -1,0 +1,217 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Retrieval decay
+#
+# How far back does a model find what it has read? This notebook takes the question apart. First the
+# ops alone, without any training: how many pairs a lightning state can hold, how far back it recalls
+# them, and among how many keys softmax attention finds one, each beside a closed form. Then trained
+# models: softmax, lightning and hybrid stacks of equal size, asked for needles in ever longer
+# contexts. It measures nothing itself; every number below is computed from rows that
+# `python bench/sweep.py` and `python bench/retrieval.py` wrote (`results/README.md` explains them).
+
+# %%
+import io
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(
+    0, next(str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "bench").is_dir())
+)
+
+import pandas as pd
+import PIL.Image
+from IPython.display import Image, Markdown
+from matplotlib import rc_context
+
+from attnlab.retrieval import theory
+from bench import retrieval_report
+from bench.document import Bullets, Table
+from bench.fit import format_len
+from bench.plan import ROOT
+from bench.recall_axes import STYLE, recall
+from bench.retrieval_figures import FIGURES
+from bench.rows import load_rows
+from bench.units import settled
+
+# %% [markdown]
+# `RUN` names the folder of rows, relative to the repository or absolute. None takes the committed run
+# on a GPU where there is one, else the sample from two CPU cores.
+
+# %% tags=["parameters"]
+RUN = None
+
+# %%
+if RUN is not None:
+    folder = ROOT / RUN
+else:
+    candidates = [ROOT / "results" / name for name in ("h200/retrieval", "sample-recall")]
+    folder = next(path for path in candidates if (path / "rows.jsonl").exists())
+rows = [
+    row
+    for row in settled(load_rows(folder / "rows.jsonl"))
+    if row.get("suite") in ("probe", "retrieval")
+]
+
+
+def show(block: Table | Bullets) -> Markdown:
+    """A table or sentences of the report."""
+    return Markdown(block.markdown())
+
+
+def draw(name: str) -> Image | Markdown:
+    """A figure of the report, with few colours so that this file stays small."""
+    with rc_context(STYLE):
+        figure = FIGURES[name](rows)
+        if figure is None:
+            return Markdown("*No row has it.*")
+        png = io.BytesIO()
+        figure.savefig(png, dpi=80)
+    small = io.BytesIO()
+    PIL.Image.open(png).convert("RGB").quantize(64).save(small, "png", optimize=True)
+    return Image(small.getvalue())
+
+
+devices = ", ".join(sorted({row["device"] for row in rows}))
+counts = pd.Series([row["suite"] for row in rows]).value_counts()
+shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+Markdown(f"`{shown}`, {devices}: " + ", ".join(f"{n} rows of {s}" for s, n in counts.items()))
+
+# %% [markdown]
+# ## What an op can recall
+#
+# A lightning head keeps a sum of outer products, each a little smaller with every token:
+#
+# $$S_N = \sum_i e^{-s(N-i)}\, k_i v_i^\top .$$
+#
+# Asked with a stored key it answers with that key's value, shrunk by $e^{-sD}$ at distance $D$, and
+# with everything else it holds as noise. If keys are random directions of $K$ channels and values come
+# from a codebook of $C$ directions of $V$ channels, that noise has a variance of
+# $W\,(1/V + 1/C)\,/\,K$, where $W$ is the sum of $e^{-2sD}$ over all other writes. The answer is right
+# if the value's product with the output exceeds those of the $C-1$ other entries: one integral over
+# normal distributions, `attnlab.retrieval.theory.top_one_probability`, gives the chance.
+#
+# Softmax gives the matched key the weight $1/(1 + (N-1)\,e^{-b + b^2/2K})$ for logits of scale $b$.
+# Distance plays no part; the number of keys does.
+#
+# In the figure markers are measured: random pairs, streamed through the real ops in chunks. Lines are
+# the closed form. Nothing is fitted.
+
+# %%
+draw("recall")
+
+# %%
+show(Bullets(retrieval_report.probe_findings(rows)))
+
+# %% [markdown]
+# Three things limit a head, and each has its own look. Where it decays fast the curve falls steeply at
+# a distance that is short. Where it decays slowly and every token writes, the state holds more pairs
+# than it can tell apart: recall is poor at any distance, and falls late. Without decay only their number
+# counts. Between the first two lies a best slope; with it a head of the dims below reaches this far, and
+# no farther, when every token writes:
+
+# %%
+pd.DataFrame(
+    [
+        {
+            "head dim": dim,
+            "pairs without decay": round(theory.capacity(dim, dim)),
+            "longest horizon, every token writes": round(theory.capacity(dim, dim) / math.e),
+            "one token in 256 writes": format_len(round(256 * theory.capacity(dim, dim) / math.e)),
+        }
+        for dim in (32, 64, 128)
+    ]
+).set_index("head dim")
+
+# %% [markdown]
+# ## What that says of MiniMax-01
+#
+# Its slopes fall from head to head and from layer to layer, so the horizon of every lightning head
+# follows. The picture is generous, with one token in 256 writing anything at all:
+
+# %%
+draw("horizon")
+
+# %% [markdown]
+# No lightning head of it reaches a hundred thousand tokens, so that what MiniMax-01 finds in a million
+# must pass through its ten softmax layers. That is an inference from the slopes, not a statement of the
+# paper.
+#
+# ## What trained models find
+#
+# Small models of equal size, trained on short sequences of symbols: keys and values as needles in noise
+# of other symbols. Eight needles lie in a context, one in each eighth of its depth, and all of them are
+# asked for at its end. Every answer counts that is the likeliest of all symbols.
+
+# %%
+draw("decay")
+
+# %%
+show(Bullets(retrieval_report.findings(rows)))
+
+# %% [markdown]
+# The right panel, where there is one, leaves out parts of the recipe: the ramp that fades linear mixers
+# in during training, the ln(length) scale on queries, positions by rotation in their place. Whether a
+# model fails with length or with distance shows by depth:
+
+# %%
+draw("depth")
+
+# %%
+draw("distance")
+
+# %% [markdown]
+# A model that forgets with distance has one curve here, whatever the length of the context; one whose
+# memory is full falls at all distances alike.
+#
+# ## What it costs
+#
+# Memory is what a model pays. A lightning model's state doesn't grow: it moves straight down as
+# contexts grow. Softmax keeps every token in every layer and finds what it kept.
+
+# %%
+draw("state")
+
+# %%
+best = [
+    (model, length, *recall(group), group[0]["state_bytes"])
+    for model, by_len in retrieval_report.by_length(rows).items()
+    for length, group in by_len.items()
+]
+table = pd.DataFrame(best, columns=["model", "tokens", "found", "lo", "hi", "bytes"])
+table = table.sort_values("tokens").groupby("model", sort=False).tail(1).set_index("model")
+table["tokens"] = table.tokens.map(format_len)
+table[["found", "lo", "hi"]] = (100 * table[["found", "lo", "hi"]]).round(1)
+table.rename(columns={"tokens": "longest measured", "found": "found, %", "bytes": "bytes kept"})
+
+# %% [markdown]
+# ## Other tasks
+#
+# Harder ones than needles: distractors, lists of keys, several values under a key, nothing but pairs,
+# chains of assignments, and counting, at which a state of fixed size is good.
+
+# %%
+draw("tasks")
+
+# %% [markdown]
+# ## Beside published figures
+#
+# Averages of RULER as the MiniMax-01 report gives them. These are large language models on text: they
+# stand here for orientation, and no line above may be compared with them.
+
+# %%
+draw("ruler")
