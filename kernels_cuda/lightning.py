@@ -1,241 +1,35 @@
 """Lightning attention on a GPU: forward, backward and final states, from planned tables of work.
 
-Legend: B batch, H heads, T tokens, K key dim, V value dim, D either; U work units, N chains.
-
-`src/scan.cu` holds the equations. Tensors are `[B, H, T, D]` with a contiguous last dimension,
-log_decay `[H]` float32, all on one device; states `[B or documents, H, K, V]` float32, contiguous.
+`src/scan.cu` holds the equations and `launch` what starts them. Tensors are `[B, H, T, D]` with a
+contiguous last dimension, log_decay `[H]` float32, all on one device; states
+`[B or documents, H, K, V]` float32, contiguous.
 """
-
-import ctypes
-from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from kernels_cuda import module, tiles
-from kernels_cuda.module import Instance
-from kernels_cuda.tiles import Tile
+from kernels_cuda.launch import (
+    Scan,
+    Schedule,
+    States,
+    aligned,
+    entering_states,
+    hopper_kernels,
+    launch_scans,
+    tile_of,
+    why_not,
+)
 
-ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-ALIGNMENT = 16  # bytes: what a copy of the kernels takes
-
-
-class Schedule(Protocol):
-    """Work units on the device, int32, and what they share; the longest come first.
-
-    A row of `units` or `state_units` `[U, 9]`: batch, head, first token, end, warm chunks, tokens
-    after those, row of the initial states (-1: zero), row of the workspace (-1: zero), row of the
-    final states (-1: not kept). With `heads_per_row` > 1 a row stands for that many heads, and its
-    state rows are those of the first. `state_units` are the first pass: their final states go to
-    the workspace. A row of `chains` `[N, 5]`: head, row of the initial states, first workspace row,
-    number of workspace rows, chunks a row.
-    """
-
-    units: Tensor
-    heads_per_row: int
-    state_units: Tensor | None
-    chains: Tensor | None
-    num_workspace_rows: int
-
-
-class Scan(NamedTuple):
-    """Operands `[B, H, T, D]` of one scan and where its result goes, rows at multiples of 16 bytes."""
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    out: Tensor
-
-
-class States(NamedTuple):
-    """States `[rows, K, V]` float32 that the scans of one direction in time start from."""
-
-    initial: Tensor | None = None
-    workspace: Tensor | None = None
-
-
-NO_STATES = States()
-
-
-class _Operand(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("strides", c_int64 * 3))
-
-
-class _ScanOperands(ctypes.Structure):
-    _fields_ = (("a", _Operand), ("b", _Operand), ("c", _Operand), ("out", _Operand))
-
-
-class _States(ctypes.Structure):
-    _fields_ = (("initial", c_void_p), ("workspace", c_void_p))
-
-
-class _ScanParams(ctypes.Structure):
-    """`ScanParams` of src/work.cuh."""
-
-    _fields_ = (
-        ("scans", _ScanOperands * 3),
-        ("units", c_void_p),
-        ("log_decay", c_void_p),
-        ("entering", _States * 2),
-        ("final_states", c_void_p),
-        ("scale", c_float),
-        ("num_scans", c_int),
-        ("first_back", c_int),
-        ("num_key_scans", c_int),
-        ("first_kept", c_int),
-        ("heads_per_row", c_int),
-        ("c_dim", c_int),
-        ("with_output", c_int),
-    )
-
-
-class _PrefixParams(ctypes.Structure):
-    """`PrefixParams` of src/prefix.cu."""
-
-    _fields_ = (
-        ("states", c_void_p),
-        ("chains", c_void_p),
-        ("log_decay", c_void_p),
-        ("initial", c_void_p),
-        ("size", c_int),
-        ("chunk", c_int),
-    )
-
-
-PREFIX = Instance(name="prefix", arguments="256", num_threads=256)
-
-
-@cache
-def tile_of(
-    key_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-    *,
-    backward: bool = False,
-) -> Tile:
-    """Tile of the scans of a call, the same for all of them so that they share a schedule."""
-    return tiles.scan_tile(max(key_dim, value_dim), module.loader.capability(device))
-
-
-@cache
-def instance_of(b_dim: int, dtype: torch.dtype, tile: Tile, precision: str) -> Instance:
-    """The kernel that runs scans with `b_dim` columns of b."""
-    return tiles.scan_instance(ELEMENTS[dtype], b_dim, tile, precision == "high")
-
-
-def why_not(
-    key_dim: int, value_dim: int, dtype: torch.dtype, device_type: str, precision: str
-) -> str | None:
-    """Why the kernels of a call can't be had (its dims and dtype being right), None if they can."""
-    device = module.current_device(device_type)
-    tile = tile_of(key_dim, value_dim, dtype, device, precision)
-    instances = [instance_of(dim, dtype, tile, precision) for dim in {key_dim, value_dim}]
-    limit = tiles.shared_kib(module.loader.capability(device)) << 10
-    needed = max(instance.shared_bytes for instance in instances)
-    if needed > limit:
-        return f"needs {needed} bytes of shared memory a block, and a GPU like this one has {limit}"
-    return module.why_not_compiled([*instances, PREFIX], device)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """The tensor, or a copy where its rows don't start at multiples of 16 bytes."""
-    together = x.data_ptr() | (x.stride(0) | x.stride(1) | x.stride(2)) * x.itemsize
-    return (
-        x
-        if together % ALIGNMENT == 0 and x.stride(3) == 1
-        else x.clone(memory_format=torch.contiguous_format)
-    )
-
-
-def _operand(x: Tensor) -> _Operand:
-    return _Operand(x.data_ptr(), x.stride()[:3])
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def launch_scans(
-    scans: list[Scan],
-    units: Tensor,
-    heads_per_row: int,
-    log_decay: Tensor,
-    tile: Tile,
-    *,
-    num_back: int = 0,
-    num_key: int = 0,
-    forward_states: States = NO_STATES,
-    back_states: States = NO_STATES,
-    final: Tensor | None = None,
-    first_kept: int = 0,
-    scale: float = 1.0,
-    precision: str = "default",
-    output: bool = True,
-) -> None:
-    """Run up to three scans of the same shape in one grid.
-
-    The last `num_back` run backward in time; the first `num_key` have keys (or gradients of keys)
-    as c. Scans from `first_kept` on leave their last states in `final`. Without `output` only
-    states are computed, and a and out are not touched.
-    """
-    _, b, c, _ = scans[0]
-    kept = [Scan(*(_aligned(x) for x in scan[:3]), scan.out) for scan in scans]
-    operands = [_ScanOperands(*map(_operand, scan)) for scan in kept]
-    params = _ScanParams(
-        (_ScanOperands * 3)(*operands),
-        units.data_ptr(),
-        log_decay.data_ptr(),
-        (_States * 2)(*(_States(*map(_pointer, s)) for s in (forward_states, back_states))),
-        _pointer(final),
-        scale,
-        len(scans),
-        len(scans) - num_back,
-        num_key,
-        first_kept,
-        heads_per_row,
-        c.shape[3],
-        output,
-    )
-    grid = units.shape[0] * heads_per_row * len(scans) * (c.shape[3] // tile.width)
-    instance = instance_of(b.shape[3], b.dtype, tile, precision)
-    module.kernel(instance, b.device)(grid, params, b.device)
-
-
-def entering_states(
-    scan: Scan,
-    log_decay: Tensor,
-    schedule: Schedule,
-    tile: Tile,
-    initial: Tensor | None,
-    *,
-    back: bool,
-    scale: float,
-    precision: str,
-) -> Tensor | None:
-    """First of two passes: states `[rows, K, V]` that enter the segments, None where unneeded."""
-    if schedule.state_units is None or schedule.chains is None:
-        return None
-    size = scan.b.shape[3] * scan.c.shape[3]
-    states = log_decay.new_empty(schedule.num_workspace_rows, size)
-    launch_scans(
-        [scan], schedule.state_units, 1, log_decay, tile,
-        num_back=int(back), final=states, scale=scale, precision=precision, output=False,
-    )  # fmt: skip
-    params = _PrefixParams(
-        states.data_ptr(),
-        schedule.chains.data_ptr(),
-        log_decay.data_ptr(),
-        _pointer(initial),
-        size,
-        tile.chunk,
-    )
-    grid = schedule.chains.shape[0] * (size // PREFIX.num_threads)
-    module.kernel(PREFIX, states.device)(grid, params, states.device)
-    return states
+__all__ = [
+    "backward",
+    "empty_output",
+    "final_states",
+    "forward",
+    "hopper_kernels",
+    "scans_of_backward",
+    "tile_of",
+    "why_not",
+]
 
 
 def forward(
@@ -298,7 +92,7 @@ def backward(
     """
     dims = key.shape[3], value.shape[3]
     tile = tile_of(*dims, key.dtype, key.device, precision, backward=True)
-    query, key, value, grad_output = (_aligned(x) for x in (query, key, value, grad_output))
+    query, key, value, grad_output = (aligned(x) for x in (query, key, value, grad_output))
     contiguous = torch.contiguous_format
     dq, dk, dv = (torch.empty_like(x, memory_format=contiguous) for x in (query, key, value))
     scan_dq = Scan(grad_output, value, key, dq)

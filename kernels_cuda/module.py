@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kernels_cuda.tensor_map import tensor_map
+
 SOURCES = Path(__file__).parent / "src"
 OPTIONS = ("--std=c++17",)
 CACHE = Path.home() / ".cache" / "attnlab" / "cubins"
@@ -79,6 +81,9 @@ class Loader(Protocol):
     def capability(self, device: torch.device) -> tuple[int, int]:
         """Compute capability of a device."""
 
+    def tensor_map(self, x: torch.Tensor) -> bytes:
+        """What the copy engine wants to know of a tensor."""
+
     def load(self, instance: Instance, device: torch.device) -> Kernel:
         """Compile and load."""
 
@@ -103,6 +108,10 @@ class Driver:
     def capability(self, device: torch.device) -> tuple[int, int]:
         """Compute capability of a device."""
         return torch.cuda.get_device_capability(device)
+
+    def tensor_map(self, x: torch.Tensor) -> bytes:
+        """What the copy engine wants to know of a tensor."""
+        return tensor_map(x)
 
     def load(self, instance: Instance, device: torch.device) -> Kernel:
         """The kernel on a device; `KernelError` where it can't be compiled or loaded."""

@@ -16,13 +16,15 @@ DIMS = (64, 128)
 class Tile:
     """How a scan is cut: tokens a chunk, columns of c a program, stages of the ring of chunks.
 
-    `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots.
+    `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
+    `consumers` the tile is one of the kernel for Hopper: so many warpgroups take 64 columns each.
     """
 
     num_stages: int
     programs_per_sm: int
     chunk: int = CHUNK
     width: int = WIDTH
+    consumers: int = 0
 
 
 # By the shared memory of a multiprocessor in KiB, which tells architectures apart here, and by the
@@ -55,14 +57,39 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
     `split` lets every rounded operand enter as two halves.
     """
     stage = 2 * CHUNK * (2 * b_dim + WIDTH)
-    scores, strips, weights = (
-        2 * CHUNK * CHUNK * (1 + split),
-        2 * CHUNK * WIDTH,
-        4 * (3 * CHUNK + 1),
-    )
+    scores, strips = 2 * CHUNK * CHUNK * (1 + split), 2 * CHUNK * WIDTH
+    weights = 4 * 4 * CHUNK
     return Instance(
         name="scan",
         arguments=f"{element}, {b_dim}, {tile.num_stages}, {str(split).lower()}",
         num_threads=2 * WIDTH,
         shared_bytes=tile.num_stages * stage + scores + strips + weights,
+    )
+
+
+# Of the kernel for Hopper, by the larger head dim and whether a backward asks: in a forward one
+# consumer does, while a backward is nearer to what the products take, and two share their copies.
+HOPPER_SCAN = {
+    (64, False): Tile(num_stages=4, programs_per_sm=2, consumers=1),
+    (64, True): Tile(num_stages=4, programs_per_sm=2, consumers=1),
+    (128, False): Tile(num_stages=4, programs_per_sm=1, consumers=1),
+    (128, True): Tile(num_stages=4, programs_per_sm=1, consumers=2, width=128),
+}
+
+
+def hopper_tile(large: int, small: int, backward: bool) -> Tile:
+    """Tile of the kernel for Hopper; two consumers only where both head dims fill them."""
+    return HOPPER_SCAN[large, backward and small == large]
+
+
+def hopper_instance(element: str, b_dim: int, tile: Tile) -> Instance:
+    """The scan kernel for Hopper, for 16-bit elements and a dim of b."""
+    box = 2 * CHUNK * 64
+    stage = box * (2 * b_dim // 64 + tile.consumers)
+    weights, barriers = 4 * 2 * CHUNK * (1 + tile.consumers), 2 * 8 * tile.num_stages
+    return Instance(
+        name="hopper_scan",
+        arguments=f"{element}, {b_dim}, {tile.consumers}, {tile.num_stages}",
+        num_threads=160 if tile.consumers == 1 else 384,
+        shared_bytes=tile.num_stages * stage + 2 * tile.consumers * box + weights + barriers,
     )

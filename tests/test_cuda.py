@@ -15,7 +15,7 @@ import attnlab
 from attnlab import cli, registry, schedules, segments, testing
 from attnlab.problem import Problem
 from attnlab.testing import assert_as_accurate
-from kernels_cuda import lightning, module, tiles
+from kernels_cuda import launch, lightning, module, tiles
 from tests.cuda_on_host import HostLoader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 
 def forget():
     """Drop all that is remembered of kernels, tiles and plans."""
-    for remembered in (module.kernel, lightning.tile_of, lightning.instance_of):
+    for remembered in (module.kernel, launch._tile_of, launch.instance_of):
         remembered.cache_clear()
     module._failures.clear()
     schedules._schedules.clear()
@@ -50,10 +50,25 @@ def loader(monkeypatch):
     forget()
 
 
+@pytest.fixture(params=["portable", "hopper"])
+def kernels(request):
+    """Each of the two scan kernels where it can run."""
+    if request.param == "portable":
+        yield request.param
+        return
+    if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    with lightning.hopper_kernels():
+        yield request.param
+
+
 @on_host
-def test_the_registrys_matrix_passes_on_the_host():
+@pytest.mark.parametrize(
+    "flags", [["-k", "cuda"], ["-k", "cuda and accurate", "--hopper"]], ids=str
+)
+def test_the_registrys_matrix_passes_on_the_host(flags):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.cuda_on_host"]
-    command += ["-k", "cuda", "tests/test_backends.py"]
+    command += [*flags, "tests/test_backends.py"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout
@@ -89,7 +104,7 @@ MODES = [("single", None), ("halo", 3), ("two-pass", 3), ("two-pass", 5)]
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 64)], ids=str)
 @pytest.mark.parametrize(("mode", "segments"), MODES)
-def test_every_mode_is_right(mode, segments, dims, device):
+def test_every_mode_is_right(kernels, mode, segments, dims, device):
     inputs = inputs_of(device, B=2, T=333, dims=dims)
     with schedules.forced_plan(mode, segments):
         assert_right(inputs)
@@ -113,7 +128,7 @@ def test_rings_of_every_architecture_are_right_whenever_copies_land(
 
 
 @pytest.mark.parametrize("mode", ["halo", "two-pass"])
-def test_long_documents_are_cut_between_short_ones(mode, device):
+def test_long_documents_are_cut_between_short_ones(kernels, mode, device):
     bounds = torch.tensor([0, 30, 31, 331, 331, 400], device=device)
     whole = inputs_of(device, T=400, documents=5)
     with schedules.forced_plan(mode, 3):
@@ -122,6 +137,22 @@ def test_long_documents_are_cut_between_short_ones(mode, device):
     baseline = testing.lightning_baseline(whole, cu_seqlens=bounds)
     for name in oracle:
         assert_as_accurate(cut[name], oracle[name], baseline[name], name)
+
+
+@pytest.mark.parametrize("poisoned", [0, 2])
+def test_a_document_does_not_see_what_its_neighbours_hold(kernels, poisoned, device):
+    bounds = torch.tensor([0, 70, 150, 300], device=device)
+    clean = inputs_of(device, T=300, documents=3)
+    start, stop = bounds[poisoned : poisoned + 2].tolist()
+    poison = {}
+    for name in ("query", "key", "value", "grad_output"):
+        poison[name] = getattr(clean, name).clone()
+        poison[name][:, :, start:stop] = float("nan")
+    expected = testing.run_lightning(clean, cu_seqlens=bounds, backend="cuda")
+    found = testing.run_lightning(replace(clean, **poison), cu_seqlens=bounds, backend="cuda")
+    for name, result in found.items():
+        own = (slice(1, 2),) if "state" in name else (slice(None), slice(None), slice(70, 150))
+        assert torch.equal(result[own], expected[name][own]), name
 
 
 def state_and_gradients(inputs, backend):
@@ -135,7 +166,7 @@ def state_and_gradients(inputs, backend):
 
 
 @pytest.mark.parametrize(("mode", "segments"), MODES)
-def test_states_alone_and_their_gradients_are_right(mode, segments, device):
+def test_states_alone_and_their_gradients_are_right(kernels, mode, segments, device):
     inputs = inputs_of(device, B=2, T=333, dims=(64, 128))
     with schedules.forced_plan(mode, segments):
         actual = state_and_gradients(inputs, "cuda")
@@ -162,7 +193,7 @@ def test_high_precision_leaves_the_rounding_of_the_results(dtype, dims, device):
 
 
 @pytest.mark.parametrize("cuts", [(64,), (1, 70), (33, 34, 128)], ids=str)
-def test_a_carried_state_gives_what_the_whole_gives(cuts, device):
+def test_a_carried_state_gives_what_the_whole_gives(kernels, cuts, device):
     inputs = inputs_of(device, T=200, dims=(128, 128))
     state, outputs = inputs.initial_state, []
     for start, stop in zip((0, *cuts), (*cuts, 200), strict=True):
@@ -177,7 +208,7 @@ def test_a_carried_state_gives_what_the_whole_gives(cuts, device):
     assert_as_accurate(state, oracle["final_state"], baseline["final_state"])
 
 
-def test_a_member_of_a_batch_gets_the_bits_that_it_gets_alone(device):
+def test_a_member_of_a_batch_gets_the_bits_that_it_gets_alone(kernels, device):
     inputs = inputs_of(device, B=3, T=130)
     names = ("query", "key", "value", "initial_state", "grad_output", "grad_state")
     alone = replace(inputs, **{n: getattr(inputs, n)[1:2] for n in names})
@@ -188,7 +219,7 @@ def test_a_member_of_a_batch_gets_the_bits_that_it_gets_alone(device):
         assert torch.equal(whole[name][1:2], result), name
 
 
-def test_heads_of_interleaved_projections_come_out_as_they_went_in(device):
+def test_heads_of_interleaved_projections_come_out_as_they_went_in(kernels, device):
     qkv = torch.randn(2, 70, 3, 3, 64, device=device).bfloat16()  # [B, T, H, 3, K]
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(3))
     g = torch.linspace(-0.5, -0.1, 3)
@@ -198,7 +229,7 @@ def test_heads_of_interleaved_projections_come_out_as_they_went_in(device):
     assert torch.equal(output, attnlab.lightning_attention(*packed, g, backend="cuda").output)
 
 
-def test_rows_at_odd_addresses_and_broadcast_gradients_are_taken(device):
+def test_rows_at_odd_addresses_and_broadcast_gradients_are_taken(kernels, device):
     inputs = inputs_of(device, T=70)
     names = ("query", "key", "value", "grad_output")
     odd = {}
@@ -287,7 +318,7 @@ def test_the_ops_pass_opcheck(device):
     torch.library.opcheck(ops.lightning_decode_cuda_.default, args)
 
 
-def test_calls_compile_without_a_graph_break(device):
+def test_calls_compile_without_a_graph_break(kernels, device):
     inputs = inputs_of(device, T=130)
     bounds = torch.tensor([0, 40, 130], device=device)
     tensors = [x.requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
@@ -357,39 +388,57 @@ def test_a_side_streams_calls_wait_for_that_streams_inputs():
 
 # A piece of the kernels' text and what stands in its place; all are found by the ordinary checks.
 DEFECTS = {
-    "one_decay_step_missing_across_chunks": (
-        "write(stage, expf(g * num_rows));",
-        "write(stage, expf(g * (num_rows - 1)));",
-    ),
-    "state_dropped_at_a_chunks_edge": ("element * decay + sums", "element * 0.0f + sums"),
     "decay_of_the_next_head": (
         "params.log_decay[unit.head]",
         "params.log_decay[(unit.head + 1) % params.heads_per_row]",
     ),
-    "slope_one_percent_off": ("expf(g * n)", "expf(g * 1.01f * n)"),
-    "last_row_unwritten": ("if (r < num_rows) *", "if (r + 1 < num_rows) *"),
+    "slope_one_percent_off": ("params.log_decay[unit.head]", "params.log_decay[unit.head] * 1.01f"),
     "backward_reads_one_step_too_late": (
-        "back ? power[to_end] :",
-        "back ? power[to_end + 1] :",
+        "back ? expf(g * max(num_rows - 1 - row, 0))",
+        "back ? expf(g * max(num_rows - row, 0))",
     ),
-    "backward_scores_not_transposed": (
-        "const int distance = back ? from - to : to - from;",
-        "const int distance = to - from;",
+    "backward_scores_not_transposed": ("decay.back ? CHUNK - n : n - CHUNK", "n - CHUNK"),
+    "rest_of_the_sequence_left_out": (
+        "(unit.num_tokens + chunk - 1) / chunk",
+        "unit.num_tokens / chunk",
     ),
+}
+PORTABLE_DEFECTS = {
+    "one_decay_step_missing_across_chunks": (
+        "write(stage, expf(decay.g * num_rows));",
+        "write(stage, expf(decay.g * (num_rows - 1)));",
+    ),
+    "state_dropped_at_a_chunks_edge": ("element * past + sums", "element * 0.0f + sums"),
+    "last_row_unwritten": ("if (r < num_rows) *", "if (r + 1 < num_rows) *"),
     "no_barrier_before_scores_are_read": ("__syncthreads();  // protects the scores", "// "),
     "no_barrier_after_copies": ("__syncthreads();  // shows chunk n", "// "),
 }
+HOPPER_DEFECTS = {
+    "one_decay_step_missing_across_chunks": (
+        "const float past = expf(decay.g * CHUNK);",
+        "const float past = expf(decay.g * (CHUNK - 1));",
+    ),
+    "other_tokens_rows_not_cleared": ("i < (CHUNK - num_rows) * 8", "i < 0"),
+    "no_barrier_before_scores_are_read": ("group_sync(group);  // protects the scores", "// "),
+    "outputs_not_waited_for": ("products_wait<2>();", "products_wait<3>();"),
+    "stage_released_too_early": ("read_state(n);\n                store", "release(n); store"),
+}
+ALL_DEFECTS = [
+    *(("portable", name) for name in (*DEFECTS, *PORTABLE_DEFECTS)),
+    *(("hopper", name) for name in (*DEFECTS, *HOPPER_DEFECTS)),
+]
 
 
 @on_host
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_a_defect_planted_in_the_kernel_is_caught(defect, monkeypatch, device):
+@pytest.mark.parametrize(("kernels", "defect"), ALL_DEFECTS, ids=str, indirect=["kernels"])
+def test_a_defect_planted_in_the_kernel_is_caught(kernels, defect, monkeypatch, device):
     inputs = inputs_of(device, T=333)
     inputs = replace(inputs, log_decay=torch.tensor([-0.03, -0.02, -0.01]))
+    own = PORTABLE_DEFECTS if kernels == "portable" else HOPPER_DEFECTS
     with schedules.forced_plan("single"):
         assert_right(inputs)
-        use_loader(monkeypatch, HostLoader(change=DEFECTS[defect]))
-        with pytest.raises(AssertionError, match="its budget"):
+        use_loader(monkeypatch, HostLoader(change=(DEFECTS | own)[defect]))
+        with pytest.raises((AssertionError, module.KernelError), match=r"its budget|all threads"):
             assert_right(inputs)
 
 
@@ -530,8 +579,8 @@ def test_the_table_of_backends_lists_it(capsys, monkeypatch):
 
 MISUSES = {
     "all threads wait": (
-        "__syncthreads();  // protects the powers",
-        "if (threadIdx.x) __syncthreads(); //",
+        "__syncthreads();  // protects the scores",
+        "if (lane) __syncthreads(); //",
     ),
     "ends before its copies": ("copy_wait<STAGES - 2>();", "//"),
     "lanes of a warp do different things": (

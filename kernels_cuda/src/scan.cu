@@ -22,6 +22,7 @@
 // low half. A chunk's share is summed up apart before it joins the state. Offsets are 64-bit.
 // Not supported: float32 inputs, a gradient of g, dims of b other than 64 and 128.
 #include "tile.cuh"
+#include "weights.cuh"
 #include "work.cuh"
 
 constexpr int WIDTH = 64;
@@ -48,25 +49,6 @@ __device__ void multiply_add_halves(
     multiply_add<E>(sum, left[0], right_0, right_1);
 }
 
-// Factors of a chunk's rows. Only exponents that are not positive are taken.
-struct Weights {
-    float power[CHUNK + 1];  // exp(g n)
-    float read[CHUNK];       // from the state at the chunk's edge to a row
-    float write[CHUNK];      // from a row to the edge, up to a factor that all rows share
-
-    __device__ void set_powers(float g) {
-        for (int n = threadIdx.x; n <= CHUNK; n += NUM_THREADS) power[n] = expf(g * n);
-    }
-
-    __device__ void set_rows(int num_rows, bool back, float scale) {
-        for (int i = threadIdx.x; i < CHUNK; i += NUM_THREADS) {
-            int to_end = max(num_rows - 1 - i, 0);
-            read[i] = back ? power[to_end] : power[min(i, num_rows - 1) + 1] * scale;
-            write[i] = back ? power[i] : power[to_end];
-        }
-    }
-};
-
 template <class E, int B_DIM, int STAGES, bool SPLIT>
 struct Scan {
     struct Shared {
@@ -75,7 +57,8 @@ struct Scan {
         unsigned char c[STAGES][Tile<WIDTH>::BYTES];
         unsigned char scores[1 + SPLIT][Tile<CHUNK>::BYTES];
         unsigned char strips[NUM_WARPS][CHUNK * 16 * 2];
-        Weights weights;
+        Mask mask;
+        EdgeWeights edge;
     };
 
     const ScanParams& params;
@@ -85,25 +68,24 @@ struct Scan {
     const int column;    // of c, this block's first
     Shared& shared;
     const bool back = index >= params.first_back;  // in time
+    const Decay decay = {params.log_decay[unit.head], params.scale, back};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row = lane / 4, pair = lane % 4 * 2;  // of a sum's first element
     float state[B_DIM / 8][4];  // [16, B_DIM]: row c, column b
 
     __device__ void run() {
-        const float g = params.log_decay[unit.head];
         const Chunks chunks(unit, back, CHUNK);
-        shared.weights.set_powers(g);
-        __syncthreads();  // protects the powers: all are there
-        shared.weights.set_rows(CHUNK, back, params.scale);
+        shared.mask.set(decay, threadIdx.x, NUM_THREADS);
+        shared.edge.set(decay, CHUNK, 1.0f, threadIdx.x, NUM_THREADS);
         enter();
         for (int n = 0; n < STAGES - 1; ++n) fetch(chunks, n);
         for (int n = 0; n < chunks.count; ++n) {
             copy_wait<STAGES - 2>();
-            __syncthreads();  // shows chunk n to all; protects the stage of chunk n - 1, now free
+            __syncthreads();  // shows chunk n (and the weights) to all; protects chunk n - 1's stage
             fetch(chunks, n + STAGES - 1);
             const int num_rows = chunks.num_rows(n, CHUNK), stage = n % STAGES;
             if (num_rows < CHUNK) {
-                shared.weights.set_rows(num_rows, back, params.scale);
+                shared.edge.set(decay, num_rows, 1.0f, threadIdx.x, NUM_THREADS);
                 __syncthreads();  // protects the weights: all rows are there
             }
             if (params.with_output && n >= unit.num_warm) {
@@ -111,7 +93,7 @@ struct Scan {
                 __syncthreads();  // protects the scores: all rows are there
                 read(stage, chunks.token(n, CHUNK), num_rows);
             }
-            write(stage, expf(g * num_rows));
+            write(stage, expf(decay.g * num_rows));
         }
         leave();
     }
@@ -156,16 +138,11 @@ struct Scan {
             for (int half = 0; half < 2; ++half) {
                 const int to = warp * 16 + row + half * 8, from = j * 8 + pair;
                 const Halves<E, SPLIT> scores(
-                    sums[j][half * 2] * weight(to, from),
-                    sums[j][half * 2 + 1] * weight(to, from + 1));
+                    sums[j][half * 2] * shared.mask.at(to, from),
+                    sums[j][half * 2 + 1] * shared.mask.at(to, from + 1));
                 score_tile(0).pair(to, from) = scores.high;
                 if constexpr (SPLIT) score_tile(1).pair(to, from) = scores.low;
             }
-    }
-
-    __device__ float weight(int to, int from) const {
-        const int distance = back ? from - to : to - from;
-        return distance < 0 ? 0.0f : shared.weights.power[distance] * params.scale;
     }
 
     // Outputs of a chunk for 16 columns of c: past the chunk's edge from the state, inside it from
@@ -193,7 +170,7 @@ struct Scan {
         for (int i = 0; i < CHUNK / 16; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float factor = shared.weights.read[i * 16 + row + half * 8];
+                const float factor = shared.edge.read[i * 16 + row + half * 8];
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     sums[i][c][half * 2] *= factor;
@@ -241,9 +218,10 @@ struct Scan {
         }
     }
 
-    // The state after a chunk: S <- decay S + factor (weighted c)^T b.
-    __device__ void write(int stage, float decay) {
-        const float factor = back ? shared.weights.power[1] * params.scale : 1.0f;
+    // The state after a chunk: S <- past S + factor (weighted c)^T b. A factor of all weights is applied
+    // after the product, so that a single token isn't rounded.
+    __device__ void write(int stage, float past) {
+        const float factor = decay.all_writes();
         uint32 left[CHUNK / 16][2][4];
 #pragma unroll
         for (int j = 0; j < CHUNK / 16; ++j) {
@@ -251,7 +229,7 @@ struct Scan {
             c_tile(stage).left_transposed(blocks, j * 16, warp * 16);
 #pragma unroll
             for (int block = 0; block < 4; ++block) {
-                const float* weights = shared.weights.write + j * 16 + block / 2 * 8 + pair;
+                const float* weights = shared.edge.write + j * 16 + block / 2 * 8 + pair;
                 const Halves<E, SPLIT> weighted(
                     E::first(blocks[block]) * weights[0], E::second(blocks[block]) * weights[1]);
                 left[j][0][block] = weighted.high;
@@ -271,22 +249,15 @@ struct Scan {
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
                 float& element = state[k / 8 + n / 4][n % 4];
-                element = element * decay + sums[n / 4][n % 4] * factor;
+                element = element * past + sums[n / 4][n % 4] * factor;
             }
         }
     }
 
     __device__ void enter() {
-        const EnteringStates& from = params.entering[back];
-        const int64 size = (int64)B_DIM * params.c_dim;
+        const float* from = entering_state(params.entering[back], unit, (int64)B_DIM * params.c_dim);
 #pragma unroll
-        for (int n = 0; n < B_DIM / 2; ++n) {
-            float& element = state[n / 4][n % 4] = 0.0f;
-            if (from.initial && unit.initial_row >= 0)
-                element += from.initial[unit.initial_row * size + state_offset(n)];
-            if (from.workspace && unit.workspace_row >= 0)
-                element += from.workspace[unit.workspace_row * size + state_offset(n)];
-        }
+        for (int n = 0; n < B_DIM / 2; ++n) state[n / 4][n % 4] = from ? from[state_offset(n)] : 0.0f;
     }
 
     __device__ void leave() {
@@ -315,17 +286,8 @@ static_assert(sizeof(Instance::Shared) == SHARED_BYTES, "tiles.py counts them to
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 scan(const __grid_constant__ ScanParams params) {
     extern __shared__ __align__(128) unsigned char shared_bytes[];
-    const int num_tiles = params.c_dim / WIDTH;
-    const int tile = blockIdx.x % num_tiles, task = blockIdx.x / num_tiles;
-    const int index = task % params.num_scans, rows = task / params.num_scans;
-    const int head = rows % params.heads_per_row, row = rows / params.heads_per_row;
-    Instance instance{
-        params,
-        params.scans[index],
-        Unit::read(params.units, row, head),
-        index,
-        tile * WIDTH,
-        *(Instance::Shared*)shared_bytes,
-    };
+    const Task task = Task::of(params, blockIdx.x, WIDTH);
+    Instance instance{params, params.scans[task.index], task.unit, task.index, task.column,
+                      *(Instance::Shared*)shared_bytes};
     instance.run();
 }

@@ -49,7 +49,7 @@ struct Unit {
     int begin, end;      // a scan forward in time starts at begin, one backward in time at end
     int num_warm;        // whole chunks that only update the state
     int num_tokens;      // after those
-    int initial_row, workspace_row, final_row;  // of states; -1: zeros, not kept
+    int initial_row, workspace_row, final_row;  // of states; -1: not from there, not kept
 
     static constexpr int COLUMNS = 9;
 
@@ -61,6 +61,13 @@ struct Unit {
         return unit;
     }
 };
+
+// The state [K, V] that a unit starts from, of `size` elements; null: zeros.
+__device__ inline const float* entering_state(
+    const EnteringStates& from, const Unit& unit, int64 size) {
+    if (from.workspace && unit.workspace_row >= 0) return from.workspace + unit.workspace_row * size;
+    return from.initial && unit.initial_row >= 0 ? from.initial + unit.initial_row * size : nullptr;
+}
 
 // Which chunk comes when: the last one may be shorter.
 struct Chunks {
@@ -81,5 +88,19 @@ struct Chunks {
     // Token of the chunk's first row.
     __device__ int token(int n, int chunk) const {
         return first + n * step + (back ? chunk - num_rows(n, chunk) : 0);
+    }
+};
+
+// What one block does: a scan of a unit, for `width` columns of c.
+struct Task {
+    Unit unit;
+    int index;   // of the scan
+    int column;  // of c, the first
+
+    __device__ static Task of(const ScanParams& params, int block, int width) {
+        const int num_tiles = params.c_dim / width, task = block / num_tiles;
+        const int index = task % params.num_scans, rows = task / params.num_scans;
+        const int head = rows % params.heads_per_row, row = rows / params.heads_per_row;
+        return {Unit::read(params.units, row, head), index, block % num_tiles * width};
     }
 };
