@@ -20,6 +20,7 @@ from attnlab.distributed.parallel import (
     shard_parameters,
 )
 from attnlab.distributed.timing import VirtualTime
+from attnlab.distributed.trainer import ParallelTrainer
 from attnlab.model.hybrid import HybridLM
 from attnlab.model.moe import balancing_loss
 
@@ -48,6 +49,22 @@ def plans(name: str, size: int) -> dict[str, PackPlan]:
     return found
 
 
+def simulated_weights(plan, log_decay):
+    """Weights by brute force: mark each chunk's state, decay it token by token, drop it at bounds."""
+    size = plan.num_chunks
+    weights = torch.zeros(size, size, dtype=torch.float64)
+    state = torch.zeros(size, dtype=torch.float64)
+    for i in range(size):
+        lo, hi = plan.span(i)
+        if lo < hi and lo not in plan.cu_seqlens:
+            weights[i] = state
+        for t in range(lo, hi):
+            state = state * 0 if t in plan.cu_seqlens else state * torch.exp(log_decay)
+        if lo < hi:
+            state[i] = 1.0
+    return weights
+
+
 def world(size: int) -> tuple[Group, Ledger]:
     ledger = Ledger()
     return Group(dist.group.WORLD, name="cp", ledger=ledger), ledger
@@ -70,6 +87,47 @@ def run_lasp(rank, size, jobs, mutation=None):
             grads = differentiate(output, leaves, local[3])
             results.append((output.detach(), *grads, ledger.events))
     return results
+
+
+class _Noted(torch.autograd.Function):
+    """The identity, which notes when its backward runs."""
+
+    @staticmethod
+    def forward(ctx, x, notes, word):
+        ctx.notes, ctx.word = notes, word
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.notes.append(ctx.word)
+        return grad, None, None
+
+
+def run_traced_lasp(rank, size, tensors, log_decay, plan):
+    """Order in which the exchange starts, the rank's own op runs, and the exchange is waited for."""
+    notes = []
+    op, start, wait = lasp.lightning_attention_varlen, Group.all_gather, Pending.wait
+
+    def noted_op(query, *rest, **flags):
+        notes.append("op")
+        return op(_Noted.apply(query, notes, "op's backward"), *rest, **flags)
+
+    def noted_start(self, x):
+        notes.append("start")
+        return start(self, x)
+
+    def noted_wait(self):
+        if self._works:
+            notes.append("wait")
+        return wait(self)
+
+    with (
+        mock.patch.object(lasp, "lightning_attention_varlen", noted_op),
+        mock.patch.object(Group, "all_gather", noted_start),
+        mock.patch.object(Pending, "wait", noted_wait),
+    ):
+        run_lasp(rank, size, [(tensors, log_decay, plan, {"backend": "torch"})])
+    return notes
 
 
 def run_ring(rank, size, jobs, mutation=None):
@@ -153,6 +211,7 @@ def run_moe(rank, size, jobs, mutation=None):
             )
             experts = moe.ExpertShard(*leaves[2:])
             output = moe.mix_experts(leaves[0], chosen, experts, ep, etp, num_groups=num_groups)
+            ledger.events.append("backward")
             loss = (output * grad[own]).sum() + balancing_loss([load], "transformers") / size
             grads = torch.autograd.grad(loss, leaves)
             results.append((output.detach(), *grads, (ep.rank, etp.rank), ledger.events))
@@ -230,6 +289,18 @@ def run_wrong_resume(rank, size, config, layout, folder):
     except ValueError as error:
         return str(error)
     return None
+
+
+def run_trainer(rank, size, config, layout, packs, dtype, zigzag):
+    """Losses and norms of two steps in float32 masters, or the error of this rank."""
+    torch.manual_seed(0)
+    lm = HybridLM(config, dtype=torch.float32).use_backend(lightning="torch")
+    meshes = Meshes(Layout(world_size=size, **layout), "cpu")
+    trainer = ParallelTrainer(lm, meshes, dtype=dtype, zigzag=zigzag)
+    try:
+        return [[x.item() for x in trainer.step(packs, learning_rate=1e-3)] for _ in range(2)]
+    except ValueError as error:
+        return str(error)
 
 
 EPSILON = 1e-3  # large: AdamW makes a full step of a gradient that is but a rounding

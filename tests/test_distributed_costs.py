@@ -41,6 +41,10 @@ def test_an_operation_waits_for_its_stream_and_for_what_it_needs():
 @pytest.mark.parametrize("one_queue", [True, False], ids=["one queue", "ep and etp"])
 def test_long_products_leave_one_part_in_so_many_groups_exposed(groups, share, one_queue):
     assert exposed(LONG, groups, one_queue=one_queue) == pytest.approx(share)
+    # The backward has twice the products.
+    twice = LONG | {"X": 2 * LONG["X"]}
+    backward = exposed(twice, groups, one_queue=one_queue, backward=True)
+    assert share <= backward + 1e-12 and (one_queue or backward == pytest.approx(share))
 
 
 def test_short_products_need_queues_that_overlap_each_other():

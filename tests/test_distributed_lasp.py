@@ -8,7 +8,14 @@ import itertools
 
 import pytest
 import torch
-from distributed_cases import LASP_MUTATIONS, PACKS, plans, run_lasp
+from distributed_cases import (
+    LASP_MUTATIONS,
+    PACKS,
+    plans,
+    run_lasp,
+    run_traced_lasp,
+    simulated_weights,
+)
 
 from attnlab.distributed.comm import Group
 from attnlab.distributed.lasp import lasp_attention
@@ -156,6 +163,20 @@ def test_documents_that_end_at_rank_edges_send_nothing(worlds, size):
         assert worst(plan, rank, results[:4], oracle(plan, tensors_for(plan))) < TOLERANCE
 
 
+def test_the_exchange_runs_beside_the_op_in_both_passes(worlds):
+    plan = PackPlan.contiguous((0, 40), 4)
+    forward, backward = ["start", "op", "wait"], ["start", "op's backward", "wait"]
+    for notes in worlds(4).call(run_traced_lasp, tensors_for(plan), LOG_DECAY, plan):
+        assert notes == forward + backward
+
+
+def test_the_same_ranks_give_the_same_bits(worlds):
+    plan = PackPlan.contiguous((0, 5, 64), 4)
+    jobs = [(tensors_for(plan, torch.float32), LOG_DECAY.float(), plan, {"backend": "torch"})] * 2
+    for first, second in worlds(4).call(run_lasp, jobs):
+        assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_lower_precisions_stay_near(worlds, dtype, tolerance):
     plan = PackPlan.contiguous((0, 5, 64), 4)
@@ -196,28 +217,12 @@ def test_wrong_arguments_are_refused_with_words():
         lasp_attention(query, key, value, decay, plan, Group(None))
 
 
-def simulated(plan, log_decay):
-    """Weights by brute force: mark each chunk's state, decay it token by token, drop it at bounds."""
-    size = plan.num_chunks
-    weights = torch.zeros(size, size, dtype=torch.float64)
-    state = torch.zeros(size, dtype=torch.float64)
-    for i in range(size):
-        lo, hi = plan.span(i)
-        if lo < hi and lo not in plan.cu_seqlens:
-            weights[i] = state
-        for t in range(lo, hi):
-            state = state * 0 if t in plan.cu_seqlens else state * torch.exp(log_decay)
-        if lo < hi:
-            state[i] = 1.0
-    return weights
-
-
 @pytest.mark.parametrize("name, size", [*itertools.product(PACKS, [1, 3, 8])])
 def test_the_matrix_is_that_of_a_simulated_recurrence(name, size):
     decay = torch.tensor(-0.05, dtype=torch.float64)
     for plan in plans(name, size).values():
         found = plan.combination([decay.item()], range(plan.num_chunks))[..., 0]
-        torch.testing.assert_close(found, simulated(plan, decay), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found, simulated_weights(plan, decay), rtol=1e-12, atol=0)
         transposed = plan.absorption([decay.item()], range(plan.num_chunks))[..., 0]
         assert torch.equal(transposed, found.mT)
         assert ((plan.distances == UNREACHED) == (found == 0)).all()

@@ -10,7 +10,7 @@ from distributed_world import RankFailed
 from attnlab.distributed.comm import Group
 from attnlab.distributed.moe import ExpertShard, mix_experts, shard_experts
 from attnlab.distributed.routing import Routing, route
-from attnlab.distributed.streams import makespan
+from attnlab.distributed.streams import makespan, moe_backward_schedule
 from attnlab.distributed.volumes import dispatch_bytes, expert_gather_bytes
 
 EXPERTS, CHOSEN, HIDDEN, WIDTH = 8, 2, 6, 8
@@ -137,7 +137,7 @@ def test_rows_and_counts_move_as_the_formulas_say(worlds, num_groups):
     layout, tokens = {"dp": 4, "ep": 2, "etp": 2}, 32
     job = tensors_for(tokens), [8] * 4, layout, num_groups, None
     answers = check(worlds(4), [job])
-    events = [e for (results,) in answers for e in results[6]]
+    events = [e for (results,) in answers for e in results[6] if e != "backward"]
     experts = (job[0][0] @ job[0][1].T).topk(CHOSEN, dim=-1).indices
     home = experts // (EXPERTS // 2)  # ep rank of each slot's expert
     away = int((home != (torch.arange(tokens) // 8 // 2 % 2)[:, None]).sum())
@@ -159,8 +159,24 @@ def test_all_ranks_make_the_same_collectives(worlds, size):
     jobs = jobs_for(size, [3])
     answers = worlds(size).call(run_moe, jobs)
     for number in range(len(jobs)):
-        orders = [[(e.op, e.group) for e in results[number][6]] for results in answers]
+        orders = [[_named(e) for e in results[number][6]] for results in answers]
         assert all(order == orders[0] for order in orders)
+
+
+def _named(event):
+    return event if isinstance(event, str) else (event.op, event.group)
+
+
+def test_the_backward_issues_the_collectives_of_its_schedule(worlds):
+    layout = {"dp": 4, "ep": 2, "etp": 2}
+    job = tensors_for(32), [8] * 4, layout, 3, None
+    gradient = {"D": ("all_to_all", "ep"), "A": ("reduce_scatter", "etp")}
+    gradient |= {"Y": ("all_to_all", "ep"), "R": ("all_gather", "etp")}
+    wanted = [gradient[stage] for stage, _ in moe_backward_schedule(3) if stage != "X"]
+    for (results,) in worlds(4).call(run_moe, [job]):
+        named = [_named(e) for e in results[6]]
+        found = named[named.index("backward") + 1 :]
+        assert [x for x in found if x[1] in ("ep", "etp")] == wanted
 
 
 def clock_job(world, num_groups, row_time):

@@ -4,7 +4,14 @@ import itertools
 
 import pytest
 import torch
-from distributed_cases import PACKS, plans, run_agreement, run_convolution, run_mesh
+from distributed_cases import (
+    PACKS,
+    plans,
+    run_agreement,
+    run_convolution,
+    run_mesh,
+    simulated_weights,
+)
 
 from attnlab.distributed.mesh import Layout
 from attnlab.distributed.pack import PackPlan, pad_to_block
@@ -60,6 +67,38 @@ def test_rectangles_are_the_causal_mask_of_the_documents(name, size):
             active |= {(one - other) % size} if wanted.any() else set()
         assert plan.hops == max(active, default=0)
         assert sum(plan.num_pairs(rank) for rank in range(size)) == mask.sum()
+
+
+def random_plan(seed):
+    """Any documents, also empty ones, any chunks, also empty ones, on any ranks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high, count):
+        return sorted(torch.randint(high + 1, (count,), generator=generator).tolist())
+
+    tokens, chunks, ranks = (
+        int(torch.randint(1, n, (1,), generator=generator)) for n in (90, 65, 9)
+    )
+    cu = (0, *draw(tokens, int(torch.randint(12, (1,), generator=generator))), tokens)
+    bounds = (0, *draw(tokens, chunks - 1), tokens)
+    owners = torch.randint(ranks, (chunks,), generator=generator).tolist()
+    return PackPlan(cu, bounds, tuple(owners), ranks)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_plan_has_the_weights_and_the_mask_of_its_definition(seed):
+    plan, decay = random_plan(seed), torch.tensor(-0.1, dtype=torch.float64)
+    found = plan.combination([decay.item()], range(plan.num_chunks))[..., 0]
+    torch.testing.assert_close(found, simulated_weights(plan, decay), rtol=1e-12, atol=0)
+    numbers, token = documents(plan), torch.arange(plan.num_tokens)
+    mask = (token[:, None] >= token) & (numbers[:, None] == numbers)
+    for one, other in itertools.product(range(plan.world_size), repeat=2):
+        seen = torch.zeros(plan.local_len(one), plan.local_len(other), dtype=torch.int64)
+        for rows, keys, causal in plan.rectangles(one, other):
+            part = torch.ones(rows.length, keys.length, dtype=torch.int64)
+            seen[slice(*rows), slice(*keys)] += part.tril() if causal else part
+        wanted = mask[plan.positions(one)][:, plan.positions(other)]
+        assert torch.equal(seen, wanted.long())
 
 
 def test_zigzag_shares_out_the_pairs_of_one_document_better():

@@ -65,7 +65,7 @@ def lasp_attention(
     inputs = query, key, value, log_decay
     bounds = plan.local_cu_seqlens(group.rank)
     flags: dict[str, Any] = {"scale": scale, "precision": precision, "backend": backend}
-    if not (plan.distances != UNREACHED).any():
+    if not plan.crosses_chunks:
         return lightning_attention_varlen(*inputs, bounds, **flags).output
     exchange = _exchange(plan, group, log_decay, method, epsilon)
     left = _outgoing(key, value, log_decay, plan, group.rank, backend)  # [m, H, K, V]

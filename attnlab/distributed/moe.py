@@ -9,7 +9,7 @@ rows to their experts (all-to-all over ep), A gathers them over etp, X computes 
 rank's channels, R sums and scatters them, Y sends them back. The stages of several groups overlap,
 in the order of `streams.moe_schedule`: each process group works off its collectives one by one while
 the experts compute. All row counts are exchanged beforehand, so nothing else waits for the host. The
-backward is the same schedule mirrored (see `overlap`), and reuses the counts.
+backward overlaps likewise, in the order of `streams.moe_backward_schedule`, and reuses the counts.
 """
 
 from dataclasses import dataclass

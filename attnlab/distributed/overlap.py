@@ -2,8 +2,9 @@
 
 `begin` starts one and `end` waits for it; what stands between the two is hidden behind it. Autograd
 runs the nodes of a graph latest first, so the backward of `end` comes first and starts the gradient's
-collective, then runs what stood between, and the backward of `begin` waits. The backward's order of
-collectives is thus the mirrored one of the forward, on all ranks alike.
+collective, then runs what stood between, and the backward of `begin` waits. The order in which the
+backward starts collectives is thus the reverse of that in which the forward waits for them, on all
+ranks alike.
 """
 
 from collections.abc import Callable

@@ -182,10 +182,19 @@ class PackPlan:
         return [Span(a, b) for a, b in itertools.pairwise(cuts) if b > a]
 
     def local_cu_seqlens(self, rank: int) -> Tensor:
-        """Bounds of all fragments of a rank among its tokens, int32 on the CPU; [0, 0] for none."""
-        spans = [self.local(c, span) for c in self.chunks(rank) for span in self.fragments(c)]
-        bounds = [0, *(span.stop for span in spans)] if spans else [0, 0]
-        return torch.tensor(bounds, dtype=torch.int32)
+        """Bounds of all fragments of a rank among its tokens, int32 on the CPU; [0, 0] for none.
+
+        It is the same tensor in every call, since ops remember what they make of one.
+        """
+        if rank not in self._local_bounds:
+            spans = [self.local(c, span) for c in self.chunks(rank) for span in self.fragments(c)]
+            bounds = [0, *(span.stop for span in spans)] if spans else [0, 0]
+            self._local_bounds[rank] = torch.tensor(bounds, dtype=torch.int32)
+        return self._local_bounds[rank]
+
+    @cached_property
+    def _local_bounds(self) -> dict[int, Tensor]:
+        return {}
 
     def positions(self, rank: int) -> Tensor:
         """Place in the pack of each of a rank's tokens, int64 on the CPU."""
@@ -226,6 +235,11 @@ class PackPlan:
         return torch.where(reached, lo[:, None] - hi[None, :], UNREACHED)
 
     @cached_property
+    def crosses_chunks(self) -> bool:
+        """Whether any document runs from one chunk to another."""
+        return bool((self.distances != UNREACHED).any())
+
+    @cached_property
     def crosses_ranks(self) -> bool:
         """Whether any document runs from one rank's chunk to another's."""
         owner = torch.tensor(self.owners)
@@ -244,6 +258,16 @@ class PackPlan:
 
     def rectangles(self, query_rank: int, key_rank: int) -> list[Rectangle]:
         """What one rank's queries see of another's keys: causal fragments, and whole rectangles."""
+        pair = query_rank, key_rank
+        if pair not in self._rectangles:
+            self._rectangles[pair] = self._find_rectangles(*pair)
+        return self._rectangles[pair]
+
+    @cached_property
+    def _rectangles(self) -> dict[tuple[int, int], list[Rectangle]]:
+        return {}
+
+    def _find_rectangles(self, query_rank: int, key_rank: int) -> list[Rectangle]:
         found = []
         for i, j in itertools.product(self.chunks(query_rank), self.chunks(key_rank)):
             if i == j:

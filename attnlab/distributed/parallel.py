@@ -12,7 +12,7 @@ the whole step, so that experts' gradients, which meet the tokens of all ranks a
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from attnlab.checks import expect
 from attnlab.distributed.mesh import Meshes
@@ -134,16 +134,26 @@ class ParallelLM(nn.Module):
         return total.detach()
 
 
-def shard_parameters(model: ParallelLM) -> ParallelLM:
-    """Let FSDP2 shard a model's parameters: experts over edp, all others over all ranks."""
+def shard_parameters(model: ParallelLM, dtype: torch.dtype | None = None) -> ParallelLM:
+    """Let FSDP2 shard a model's parameters: experts over edp, all others over all ranks.
+
+    The shards stay as they are, masters so to speak; layers compute with copies in `dtype`, and
+    gradients are summed in float32.
+    """
     meshes = model.context.meshes
+    # Inputs aren't cast: rotary angles and routers' weights are float32 for a reason.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype is not None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     world, same_experts = meshes.world, meshes.sparse["edp"]
     modules = list(model.modules())
     for kind, mesh in ((ContextExperts, same_experts), (DecoderLayer, world)):
         for module in modules:
             if isinstance(module, kind):
-                fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=world)
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=world, mp_policy=policy)
     for module in modules:
         if isinstance(module, FSDPModule):
             # Plain sums: gloo has no scaled ones.

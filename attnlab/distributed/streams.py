@@ -19,6 +19,7 @@ from attnlab.checks import expect
 STAGES = "DAXRY"
 _STREAM = {"D": "ep", "Y": "ep", "A": "etp", "R": "etp", "X": "compute"}
 _BEFORE = {"A": "D", "X": "A", "R": "X", "Y": "R"}
+_WAITED_BY = {"A": "D", "X": "A", "Y": "R"}  # which stage waits for which collective
 
 
 class Step(NamedTuple):
@@ -80,16 +81,35 @@ def moe_schedule(num_groups: int, lookahead: int = 1) -> list[Step]:
     return [*order, Step("R", num_groups - 1), Step("Y", num_groups - 1)]
 
 
+def moe_backward_schedule(num_groups: int, lookahead: int = 1) -> list[Step]:
+    """Order in which the backward issues the gradients of the stages.
+
+    A collective's gradient starts where the forward waited for it, and the backward goes through the
+    forward from its end: so Y's of all groups come first, then the groups, the last one first.
+    """
+    forward: list[Step] = []
+    for stage, group in moe_schedule(num_groups, lookahead):
+        forward += [Step(_WAITED_BY[stage], group)] if stage in _WAITED_BY else []
+        forward += [Step("X", group)] if stage == "X" else []
+    forward += [Step("Y", group) for group in range(num_groups)]
+    return forward[::-1]
+
+
 def moe_ops(
-    order: Iterable[Step], times: Mapping[str, float], *, one_queue: bool = False
+    order: Iterable[Step],
+    times: Mapping[str, float],
+    *,
+    one_queue: bool = False,
+    backward: bool = False,
 ) -> list[Op]:
     """The stages as operations, `times` for a group; `one_queue` puts etp's on ep's stream."""
+    before = {b: a for a, b in _BEFORE.items()} if backward else _BEFORE
     ops = []
     for step in order:
         stream = _STREAM[step.stage]
         if one_queue and stream == "etp":
             stream = "ep"
-        needs = (Step(_BEFORE[step.stage], step.group),) if step.stage in _BEFORE else ()
+        needs = (Step(before[step.stage], step.group),) if step.stage in before else ()
         ops.append(Op(step, stream, times[step.stage], needs))
     return ops
 
@@ -102,6 +122,7 @@ def makespan(
     one_queue: bool = False,
     launch: float = 0.0,
     loss: float = 0.0,
+    backward: bool = False,
 ) -> float:
     """Time of the experts' work, cut into equal groups, from the `total` time of each stage.
 
@@ -109,7 +130,9 @@ def makespan(
     """
     times = {stage: time / num_groups for stage, time in total.items()}
     times["X"] *= 1 + loss * (num_groups - 1)
-    ops = moe_ops(moe_schedule(num_groups, lookahead), times, one_queue=one_queue)
+    schedule = moe_backward_schedule if backward else moe_schedule
+    order = schedule(num_groups, lookahead)
+    ops = moe_ops(order, times, one_queue=one_queue, backward=backward)
     return max(interval.end for interval in simulate(ops, launch=launch).values())
 
 
