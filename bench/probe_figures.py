@@ -42,12 +42,14 @@ def make_probe_figure(rows: list[Row]) -> Figure | None:
     rows = of_suite(rows, "probe")
     light = [row for row in rows if row["op"] == "lightning"]
     decaying = [row for row in light if row["distance"] is not None and row["head_dim"] == 64]
+    heads = sorted(decaying, key=lambda row: -row["slope"])
+    colours = dict(zip(grouped(heads, head_label), SHADES, strict=False))
     panels: list[tuple[str, str, Callable[[Axes], None]]] = []
     for gap in sorted({row["write_gap"] for row in decaying}):
         own = [row for row in decaying if row["write_gap"] == gap]
         words = "every token writes" if gap == 1 else f"one token in {gap} writes"
         title, label = f"lightning, {words}", "distance of the pair in tokens"
-        panels.append((title, label, lambda axes, own=own: _by_distance(axes, own)))
+        panels.append((title, label, lambda axes, own=own: _by_distance(axes, own, colours)))
     flat = [r for r in light if r["distance"] is None and r["write_gap"] == 1]
     if flat:
         title = "lightning without decay: capacity"
@@ -77,11 +79,15 @@ def _panels(title: str, panels: list[tuple[str, str, Callable[[Axes], None]]]) -
     return figure
 
 
-def _curves(axes: Axes, groups: dict[str, list[Row]], place: str) -> None:
+def _curves(
+    axes: Axes, groups: dict[str, list[Row]], place: str, colours: dict[str, str] | None = None
+) -> None:
     """A colour a group: markers as measured, a line as predicted."""
+    colours = colours or dict(zip(groups, SHADES, strict=False))
     everywhere = [max(row[place], 1) for group in groups.values() for row in group]
     length_axis(axes, everywhere)
-    for colour, (label, group) in zip(SHADES, groups.items(), strict=False):
+    for label, group in groups.items():
+        colour = colours[label]
         best: dict[int, Row] = {}
         for row in group:  # of several streams the longest
             if row[place] not in best or row["q_len"] >= best[row[place]]["q_len"]:
@@ -94,9 +100,10 @@ def _curves(axes: Axes, groups: dict[str, list[Row]], place: str) -> None:
     axes.legend(fontsize=8)
 
 
-def _by_distance(axes: Axes, rows: list[Row]) -> None:
+def _by_distance(axes: Axes, rows: list[Row], colours: dict[str, str]) -> None:
+    """A curve a head, of the same colour in every panel."""
     ordered = sorted(rows, key=lambda row: -row["slope"])
-    _curves(axes, grouped(ordered, head_label), "distance")
+    _curves(axes, grouped(ordered, head_label), "distance", colours)
 
 
 def _by_dim(axes: Axes, rows: list[Row]) -> None:

@@ -77,14 +77,18 @@ class Evaluation:
         return time.perf_counter() - self.started
 
 
-def evaluate(arguments: argparse.Namespace) -> list[Row]:
-    """Rows of all units of the trained models, measured or skipped, and their report."""
+def evaluate(arguments: argparse.Namespace, *, in_process: bool) -> list[Row]:
+    """Rows of all units of the trained models, measured or skipped, and their report.
+
+    A worker process measures them, unless all runs `in_process`.
+    """
     folder = arguments.out
     file = folder / "rows.jsonl"
     file.touch()
     rows.mend_last_line(file)
-    worker = Worker()
-    run = Evaluation(arguments, folder, worker.call("describe", arguments.device))
+    worker = Worker(in_process)
+    described = worker.call("describe", arguments.device)
+    run = Evaluation(arguments, folder, described, in_process)
     worker.close()
     signal.signal(signal.SIGINT, lambda *_: setattr(run, "stopping", True))
     rows.write_json(
@@ -100,7 +104,7 @@ def evaluate(arguments: argparse.Namespace) -> list[Row]:
     return found
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], *, in_process: bool = False) -> int:
     """Train and evaluate; 0, 1 if nothing was measured, 2 for bad input, 130 if training isn't done."""
     try:
         arguments = parse_arguments(argv)
@@ -120,7 +124,7 @@ def main(argv: list[str]) -> int:
         print(table(arguments.out))
         if arguments.evaluate_minutes <= 0:
             return 0 if done else 130
-        found = evaluate(arguments)
+        found = evaluate(arguments, in_process=in_process)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

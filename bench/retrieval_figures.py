@@ -99,9 +99,19 @@ def _lengths(axes: Axes, lines: dict[str, list[Row]]) -> None:
         colour, marker = look_of(model, number)
         style = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 5}
         draw_share(axes, x, [recall(by_len[n]) for n in x], label=model, **style)
+        expected = [expected_share(by_len[n]) for n in x]
+        if None not in expected:
+            words = f"{model}, predicted at {format_len(max(trained))}"
+            axes.plot(x, expected, color=colour, linestyle="--", linewidth=1.3, label=words)
     for length in trained:
         axes.axvline(length, color="#333333", linestyle=":", linewidth=1)
     axes.legend(fontsize=8)
+
+
+def expected_share(rows: list[Row]) -> float | None:
+    """Mean predicted share of some cells, None unless all have one."""
+    shares = [row.get("predicted") for row in rows]
+    return None if None in shares else sum(shares) / len(shares)
 
 
 def make_depth_figure(rows: list[Row]) -> Figure | None:

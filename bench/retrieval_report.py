@@ -13,7 +13,7 @@ from bench.fit import format_len
 from bench.lines import Row
 from bench.probe_figures import head_label
 from bench.recall_axes import of_suite, recall
-from bench.retrieval_figures import MODELS
+from bench.retrieval_figures import MODELS, expected_share
 
 GOOD = 0.9
 CAPTIONS = {
@@ -166,7 +166,23 @@ def findings(rows: list[Row]) -> list[str]:
                 f"{model} finds {reach}; at {format_len(last)}, the longest length measured, "
                 f"{share:.1%} (95 % interval {low:.1%} to {high:.1%})."
             )
+            items += _against_prediction(model, lengths)
     return items or ["No needle task was measured."]
+
+
+def _against_prediction(model: str, lengths: dict[int, list[Row]]) -> list[str]:
+    """Where a model falls to one half, measured and predicted, if both were seen."""
+    rows = []
+    for length, group in sorted(lengths.items()):
+        share = expected_share(group)
+        if share is not None:
+            counts = {name: sum(row[name] for row in group) for name in ("n", "correct")}
+            rows.append({"q_len": length, "predicted": share, **counts})
+    places = [half_way(rows, "q_len", share) for share in ("measured", "predicted")]
+    if None in places:
+        return []
+    measured, predicted = (format_len(round(place)) for place in places if place is not None)
+    return [f"{model} finds half of the needles up to {measured}; predicted: {predicted}."]
 
 
 def run_table(trained: list[Trained]) -> doc.Table:

@@ -26,7 +26,7 @@ CHUNKS = {"cpu": 1 << 13, "cuda": 1 << 16}  # tokens in one pass
 SOURCES = (
     *("attnlab/retrieval/batch.py", "attnlab/retrieval/symbols.py", "attnlab/retrieval/tasks.py"),
     *("attnlab/retrieval/text.py", "attnlab/retrieval/mqar.py", "attnlab/retrieval/evaluate.py"),
-    *("attnlab/retrieval/models.py",),
+    *("attnlab/retrieval/models.py", "attnlab/retrieval/horizon.py", "attnlab/retrieval/theory.py"),
     *(
         "attnlab/retrieval/streaming.py",
         "attnlab/retrieval/attention.py",
@@ -86,7 +86,13 @@ class RetrievalUnit:
             "dtype": str(loaded.model.lm_head.weight.dtype).removeprefix("torch."),
             "state_bytes": loaded.model.cache_bytes(self.length),
         }
-        return [facts | self._row(cell) for cell in cells]
+        found = [facts | self._row(cell) for cell in cells]
+        expected = (
+            evaluate.predictions(loaded, self.length, cells) if self.task == "needle" else None
+        )
+        for row, share in zip(found, expected or [None] * len(found), strict=True):
+            row["predicted"] = share
+        return found
 
     def blank(self) -> list[Row]:
         return [self._base() | {"cell": "all"}]

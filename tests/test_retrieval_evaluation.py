@@ -9,10 +9,12 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from attnlab.model import HybridLM
+from attnlab.model import HybridLM, placement
 from attnlab.retrieval import evaluate, train
 from attnlab.retrieval.attention import watched
 from attnlab.retrieval.evaluate import Loaded, cells_of, chosen_runs, load, tasks_of
+from attnlab.retrieval.horizon import TrainedHead, predicted_recall, trained_heads
+from attnlab.retrieval.mixture import Curriculum
 from attnlab.retrieval.plans import PLANS
 from attnlab.retrieval.runs import Run
 from attnlab.retrieval.streaming import streamed_logits
@@ -137,6 +139,74 @@ def test_attention_on_the_needle_is_its_softmax_weight():
     assert "_attend" not in vars(mixer)
 
 
+def lightning_alone():
+    torch.manual_seed(0)
+    config = replace(SHORT, model="lightning").build().config
+    return HybridLM(config, dtype=torch.float64).eval()
+
+
+def test_a_trained_heads_key_dim_is_its_signal_over_its_noise():
+    """Of layer 0, from its weights alone: squared q k |v|, the asked one over the mean of the others."""
+    model = lightning_alone()
+    batch = make_batch(
+        "needle",
+        rows=3,
+        length=100,
+        seed=0,
+        vocabulary=TINY.vocabulary,
+        shape=Shape(num_questions=2),
+    )
+    heads = trained_heads(model, batch)
+    assert [(h.layer, h.head) for h in heads] == [(i, j) for i in range(4) for j in range(2)]
+    assert heads[1].slope == pytest.approx(2.0**-8 * (1 + 1e-5))
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        x = layer.input_layernorm(model.model.embed_tokens(batch.input_ids))
+        place = placement.dense(batch.input_ids, None)
+        qkv = layer.self_attn.qkv_proj(layer.self_attn.conv(x, place, None))
+        qkv = torch.nn.functional.silu(qkv).unflatten(-1, (2, 3, 32))  # [B, T, H, 3, K]
+    query, key, value = (qkv[:, :, 1, i] for i in range(3))  # of head 1
+    own, others = [], []
+    for row in range(3):
+        for question in range(2):
+            asked = int(batch.asked[row, question])
+            told = asked - int(batch.distance[row, question, 0])
+            power = ((key[row] @ query[row, asked]) * value[row].norm(dim=-1)) ** 2
+            own.append(power[told])
+            body = power[: 100 - batch.tail_len]
+            others.append((body.sum() - power[told]) / (len(body) - 1))
+    expected = float(sum(own) / sum(others))
+    assert heads[1].key_dim == pytest.approx(expected, rel=1e-4)
+    assert all("_attend" not in vars(layer.self_attn) for layer in model.model.layers)
+
+
+def test_the_best_head_is_what_is_predicted():
+    near = TrainedHead(layer=0, head=0, slope=0.1, key_dim=500.0, value_dim=32)
+    far = replace(near, slope=0.001, key_dim=900.0)
+    flags = {"num_tokens": 1 << 16, "codebook": 32}
+    for distance in (4, 300, 20_000):
+        alone = [predicted_recall([h], distance=distance, **flags) for h in (near, far)]
+        assert predicted_recall([near, far], distance=distance, **flags) == max(alone)
+    shares = [predicted_recall([near, far], distance=d, **flags) for d in (4, 300, 20_000)]
+    assert shares[0] > 0.99 and shares == sorted(shares, reverse=True) and shares[2] < 0.1
+
+
+def test_models_without_softmax_layers_have_predictions():
+    trained = made_up(replace(SHORT, model="lightning"), 1.0)
+    trained = replace(
+        trained, run=replace(trained.run, curriculum=Curriculum(shortest=64, stages=((1.0, 64),)))
+    )
+    cells = evaluate.cells_of(
+        make_batch("needle", rows=8, length=1024, seed=0),
+        torch.ones(8, 8, 1, dtype=torch.bool),
+        torch.ones(8, 8, 1),
+    )
+    shares = evaluate.predictions(Loaded(trained=trained, model=lightning_alone()), 1024, cells)
+    assert len(shares) == 8 and all(0 <= share <= 1 for share in shares)
+    other = HybridLM(SHORT.build().config)
+    assert evaluate.predictions(Loaded(trained=trained, model=other), 1024, cells) is None
+
+
 def test_unfinished_runs_and_weights_of_another_config_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="expected a finished run in"):
         load(tmp_path, device="cpu")
@@ -188,17 +258,16 @@ def test_a_last_softmax_layer_costs_no_quadratic_work():
     assert ratio > 3.9
 
 
-def evaluated(folder, *options):
+def evaluated(folder, *options, in_process=True):
     """Exit code and rows of the command on finished runs."""
-    code = retrieval.main(
-        ["--plan", "none", "--device", "cpu", "--out", str(folder), "--max-len", "2K", *options]
-    )
+    options = ["--plan", "none", "--device", "cpu", "--max-len", "2K", *options]
+    code = retrieval.main([*options, "--out", str(folder)], in_process=in_process)
     return code, load_rows(folder / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")
 def evaluation(runs):
-    code, rows = evaluated(runs)
+    code, rows = evaluated(runs, in_process=False)
     assert code == 0
     return rows
 
@@ -353,6 +422,20 @@ def test_findings_say_how_far_each_architecture_reaches():
         "hybrid-7to1 finds 90 % or more up to 4K; at 4K, the longest length measured, 100.0% "
         "(95 % interval 94.3% to 100.0%).",
     ]
+
+
+def test_findings_compare_a_fall_with_its_prediction():
+    """Measured 1, 0.5, 0: half at 2K. Predicted 1, 0.75, 0.25: half in the middle of the octave."""
+    shares = {1024: (8, 1.0), 2048: (4, 0.75), 4096: (0, 0.25)}
+    rows = [
+        shares_row("lightning", n, 0.5, correct, predicted=share)
+        for n, (correct, share) in shares.items()
+    ]
+    items = retrieval_report.findings(rows)
+    assert items[1] == "lightning finds half of the needles up to 2K; predicted: 2.83K."
+    figure = retrieval_figures.make_decay_figure(rows)
+    dashed = [line for line in figure.axes[0].lines if "predicted" in str(line.get_label())]
+    assert [list(line.get_ydata()) for line in dashed] == [[1.0, 0.75, 0.25]]
 
 
 def test_the_table_holds_every_length_and_says_what_was_skipped():

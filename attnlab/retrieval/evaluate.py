@@ -22,6 +22,7 @@ from attnlab.model.hybrid import HybridLM
 from attnlab.retrieval import text
 from attnlab.retrieval.attention import watched
 from attnlab.retrieval.batch import ABSENT, Batch, found, items, margins
+from attnlab.retrieval.horizon import predicted_recall, trained_heads
 from attnlab.retrieval.mixture import WEIGHTS
 from attnlab.retrieval.mqar import SETTINGS, mqar
 from attnlab.retrieval.runs import Trained, read_trained
@@ -157,6 +158,34 @@ def evaluate(loaded: Loaded, task: str, length: int, *, chunk: int = CHUNK) -> l
     if attention and batch.answers.shape[2] == 1:
         weight = items(torch.cat(attention)[..., None], batch)
     return cells_of(batch, torch.cat(right), torch.cat(margin), weight)
+
+
+def predictions(loaded: Loaded, length: int, cells: list[Cell]) -> list[float] | None:
+    """Expected shares of needle cells of a model without softmax layers; None for another model.
+
+    They follow from how its heads read contexts of the longest length of its training.
+    """
+    if FULL in loaded.model.config.layer_types:
+        return None
+    run = loaded.trained.run
+    batch = make_batch(
+        "needle",
+        rows=4 * SEQUENCES,
+        length=run.curriculum.longest,
+        seed=SEED,
+        vocabulary=run.vocabulary,
+        device=loaded.model.lm_head.weight.device,
+    )
+    heads = trained_heads(loaded.model, batch)
+    return [
+        predicted_recall(
+            heads,
+            num_tokens=length,
+            distance=cell.distance or 0,
+            codebook=run.vocabulary.num_values,
+        )
+        for cell in cells
+    ]
 
 
 def cells_of(

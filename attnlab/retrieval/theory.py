@@ -54,7 +54,7 @@ def lightning_recall(
     slope: float,
     num_tokens: int,
     distance: int,
-    key_dim: int,
+    key_dim: float,
     value_dim: int,
     write_gap: int = 1,
     codebook: int = CODEBOOK,
