@@ -89,6 +89,13 @@ def run_lasp(rank, size, jobs, mutation=None):
     return results
 
 
+def run_on_gpus(rank, size, run, jobs):
+    """`run_lasp` or `run_ring` with the jobs' tensors on this rank's GPU; results on the CPU."""
+    moved = [([x.cuda() for x in tensors], *rest) for tensors, *rest in jobs]
+    found = run(rank, size, moved)
+    return [tuple(x.cpu() if torch.is_tensor(x) else x for x in parts) for parts in found]
+
+
 class _Noted(torch.autograd.Function):
     """The identity, which notes when its backward runs."""
 
@@ -279,6 +286,25 @@ def run_resumed(rank, size, config, layout, packs, steps, folder, exported=None)
     if exported is not None:
         export_model(model, exported)
     return start, log, gather_state(model)
+
+
+def run_logits(rank, size, config, layout, ids, cu):
+    """Logits of this rank in evaluation mode, without gradients."""
+    model, _ = start_training(size, config, layout)
+    plan = PackPlan.zigzag(cu, model.context.group("cp").size)
+    model.eval()
+    with torch.no_grad():
+        return model(plan.shard(ids, model.context.group("cp").rank, 1), plan)[0]
+
+
+def run_recomputed(rank, size, config, layout, packs):
+    """A step's loss and gradient norm, layers kept and layers computed again."""
+    found = []
+    for again in (False, True):
+        model, optimizer = start_training(size, config, layout)
+        model.lm.gradient_checkpointing = again
+        found.append(train_step(model, optimizer, packs))
+    return found
 
 
 def run_wrong_resume(rank, size, config, layout, folder):

@@ -28,10 +28,10 @@ class RankFailed(AssertionError):
 
 
 class World:
-    """W ranks with gloo; `call(function, ...)` runs it on all and returns a result a rank."""
+    """W ranks with gloo or nccl; `call(function, ...)` runs it on all and returns a result a rank."""
 
-    def __init__(self, size: int, *, timeout: float = 60.0) -> None:
-        self.size, self.timeout = size, timeout
+    def __init__(self, size: int, *, backend: str = "gloo", timeout: float = 60.0) -> None:
+        self.size, self.backend, self.timeout = size, backend, timeout
         self.ranks, self.pipes = [], []
 
     def call(self, function, *args, **kwargs):
@@ -60,7 +60,8 @@ class World:
         folder = tempfile.mkdtemp(prefix="attnlab-world-")
         for rank in range(self.size):
             here, there = CONTEXT.Pipe()
-            args = rank, self.size, str(Path(folder) / "store"), there
+            seconds = self.timeout / 2  # a rank that waits gives up before the world does
+            args = rank, self.size, self.backend, str(Path(folder) / "store"), seconds, there
             process = CONTEXT.Process(target=_serve, args=args, daemon=True)
             process.start()
             there.close()
@@ -92,17 +93,19 @@ def _received(pipe, rank):
         return False, "ended without an answer"
 
 
-def _serve(rank: int, size: int, store: str, pipe) -> None:
+def _serve(rank: int, size: int, backend: str, store: str, seconds: float, pipe) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=seconds),
     )
     while True:
         try:

@@ -4,9 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed_cases import EPSILON, MODEL_MUTATIONS, run_resumed, run_training, run_wrong_resume
+from distributed_cases import (
+    EPSILON,
+    MODEL_MUTATIONS,
+    run_logits,
+    run_recomputed,
+    run_resumed,
+    run_training,
+    run_wrong_resume,
+)
 
 from attnlab.distributed.checkpoint import list_sharded
+from attnlab.distributed.pack import PackPlan
 from attnlab.model.config import HybridConfig
 from attnlab.model.hybrid import HybridLM
 
@@ -143,3 +152,26 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(worlds, tmp_path
     errors = worlds(2).call(run_wrong_resume, other, {"cp": 2}, tmp_path)
     assert errors[0] == errors[1]
     assert "expected a checkpoint of this model" in errors[0] and "rope_theta" in errors[0]
+
+
+def test_a_damaged_checkpoint_is_refused_on_every_rank(worlds, tmp_path):
+    worlds(2).call(run_resumed, small(), {"cp": 2}, packs(), 1, tmp_path)
+    (tmp_path / "step-00000001" / "__1_0.distcp").unlink()
+    for error in worlds(2).call(run_wrong_resume, small(), {"cp": 2}, tmp_path):
+        assert "expected a whole checkpoint in" in error
+
+
+def test_logits_in_evaluation_are_those_of_one_process(worlds):
+    ids, _, cu = packs()[1]
+    torch.manual_seed(0)
+    model = HybridLM(small(), dtype=torch.float64).eval()
+    with torch.no_grad():
+        whole = model(ids, cu_seqlens=torch.tensor(cu)).logits
+    parts = worlds(2).call(run_logits, small(), {"cp": 2, "ep": 2}, ids, cu)
+    joined = PackPlan.zigzag(cu, 2).join(parts, 1)
+    torch.testing.assert_close(joined, whole, rtol=0, atol=1e-12)
+
+
+def test_layers_can_be_computed_again_in_the_backward(worlds):
+    for kept, again in worlds(2).call(run_recomputed, small(), {"cp": 2, "ep": 2}, packs()):
+        assert again == pytest.approx(kept, rel=1e-12)

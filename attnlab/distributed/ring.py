@@ -80,9 +80,9 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *_ = ctx.saved_tensors
-        grads = _differentiate(grad, *ctx.saved_tensors, *ctx.rest)
-        cast = [g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)]
+        saved = ctx.saved_tensors  # asked for once: a recomputed layer gives them only once
+        grads = _differentiate(grad, *saved, *ctx.rest)
+        cast = [g.to(x.dtype) for g, x in zip(grads, saved[:3], strict=True)]
         return *cast, None, None, None, None
 
 
