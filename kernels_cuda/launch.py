@@ -6,10 +6,9 @@ Legend: B batch, H heads, T tokens, K key dim, V value dim, D either; U work uni
 log_decay `[H]` float32, all on one device; states `[B or documents, H, K, V]` float32, contiguous.
 """
 
-import ctypes
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_float, c_int, c_int64, c_ubyte, c_void_p
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -62,63 +61,18 @@ class States(NamedTuple):
 NO_STATES = States()
 
 
-class _Operand(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("strides", c_int64 * 3))
-
-
-class _ScanOperands(ctypes.Structure):
-    _fields_ = (("a", _Operand), ("b", _Operand), ("c", _Operand), ("out", _Operand))
-
-
-class _States(ctypes.Structure):
-    _fields_ = (("initial", c_void_p), ("workspace", c_void_p))
-
-
-class _ScanParams(ctypes.Structure):
-    """`ScanParams` of src/work.cuh."""
-
-    _fields_ = (
-        ("scans", _ScanOperands * 3),
-        ("units", c_void_p),
-        ("log_decay", c_void_p),
-        ("entering", _States * 2),
-        ("final_states", c_void_p),
-        ("scale", c_float),
-        ("num_scans", c_int),
-        ("first_back", c_int),
-        ("num_key_scans", c_int),
-        ("first_kept", c_int),
-        ("heads_per_row", c_int),
-        ("c_dim", c_int),
-        ("with_output", c_int),
-    )
-
-
-# Structs that hold tensor maps are aligned to their size's divisor 64, and so padded to a multiple of it.
+# Structs that kernels take, as in src/work.cuh and src/prefix.cu.
+_SCAN_PARAMS = struct.Struct(
+    "48q"  # address and three strides of a, b, c, out of three scans
+    "2q"  # units, log_decay
+    "4q"  # initial states and workspace of scans forward, and backward in time
+    "q"  # final_states
+    "f7i"  # scale, then counts in their order
+)
+_NO_SCAN = (0,) * 16
 _MAPS_BYTES = 3 * 4 * MAP_BYTES
-
-
-class _HopperScanParams(ctypes.Structure):
-    """`HopperScanParams` of src/hopper_scan.cu."""
-
-    _fields_ = (
-        ("maps", c_ubyte * _MAPS_BYTES),
-        ("scan", _ScanParams),
-        ("padding", c_ubyte * (-ctypes.sizeof(_ScanParams) % 64)),
-    )
-
-
-class _PrefixParams(ctypes.Structure):
-    """`PrefixParams` of src/prefix.cu."""
-
-    _fields_ = (
-        ("states", c_void_p),
-        ("chains", c_void_p),
-        ("log_decay", c_void_p),
-        ("initial", c_void_p),
-        ("size", c_int),
-        ("chunk", c_int),
-    )
+_PADDING = bytes(-_SCAN_PARAMS.size % 64)  # a struct that holds maps is aligned to 64 bytes
+_PREFIX_PARAMS = struct.Struct("4q2i")
 
 
 PREFIX = Instance(name="prefix", arguments="256", num_threads=256)
@@ -191,12 +145,8 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _operand(x: Tensor) -> _Operand:
-    return _Operand(x.data_ptr(), x.stride()[:3])
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def launch_scans(
@@ -224,13 +174,14 @@ def launch_scans(
     """
     _, b, c, _ = scans[0]
     kept = [Scan(*(aligned(x) for x in scan[:3]), scan.out) for scan in scans]
-    operands = [_ScanOperands(*map(_operand, scan)) for scan in kept]
-    params: ctypes.Structure = _ScanParams(
-        (_ScanOperands * 3)(*operands),
+    operands = [n for scan in kept for x in scan for n in (x.data_ptr(), *x.stride()[:3])]
+    states = *forward_states, *back_states, final
+    params = _SCAN_PARAMS.pack(
+        *operands,
+        *_NO_SCAN * (3 - len(scans)),
         units.data_ptr(),
         log_decay.data_ptr(),
-        (_States * 2)(*(_States(*map(_pointer, s)) for s in (forward_states, back_states))),
-        _pointer(final),
+        *map(_pointer, states),
         scale,
         len(scans),
         len(scans) - num_back,
@@ -242,7 +193,7 @@ def launch_scans(
     )
     if tile.consumers:
         maps = b"".join(module.loader.tensor_map(x) for scan in kept for x in scan)
-        params = _HopperScanParams((c_ubyte * _MAPS_BYTES)(*maps), params)
+        params = maps.ljust(_MAPS_BYTES, b"\0") + params + _PADDING
     grid = units.shape[0] * heads_per_row * len(scans) * (c.shape[3] // tile.width)
     instance = instance_of(b.shape[3], b.dtype, tile, precision)
     module.kernel(instance, b.device)(grid, params, b.device)
@@ -268,14 +219,8 @@ def entering_states(
         [scan], schedule.state_units, 1, log_decay, tile,
         num_back=int(back), final=states, scale=scale, precision=precision, output=False,
     )  # fmt: skip
-    params = _PrefixParams(
-        states.data_ptr(),
-        schedule.chains.data_ptr(),
-        log_decay.data_ptr(),
-        _pointer(initial),
-        size,
-        tile.chunk,
-    )
+    pointers = map(_pointer, (states, schedule.chains, log_decay, initial))
+    params = _PREFIX_PARAMS.pack(*pointers, size, tile.chunk)
     grid = schedule.chains.shape[0] * (size // PREFIX.num_threads)
     module.kernel(PREFIX, states.device)(grid, params, states.device)
     return states

@@ -3,8 +3,7 @@
 Legend: B sequences, H heads, P rows of the state pool, K key dim, V value dim.
 """
 
-import ctypes
-from ctypes import c_float, c_int, c_int64, c_void_p
+import struct
 from functools import cache
 
 import torch
@@ -17,25 +16,13 @@ from kernels_cuda.module import Instance
 NUM_THREADS = 256
 
 
-class _DecodeParams(ctypes.Structure):
-    """`DecodeParams` of src/decode.cu."""
-
-    _fields_ = (
-        ("q", c_void_p),
-        ("k", c_void_p),
-        ("v", c_void_p),
-        ("out", c_void_p),
-        ("log_decay", c_void_p),
-        ("state", c_void_p),
-        ("slots_32", c_void_p),
-        ("slots_64", c_void_p),
-        ("q_strides", c_int64 * 2),
-        ("k_strides", c_int64 * 2),
-        ("v_strides", c_int64 * 2),
-        ("state_strides", c_int64 * 3),
-        ("scale", c_float),
-        ("num_heads", c_int),
-    )
+# `DecodeParams` of src/decode.cu.
+_DECODE_PARAMS = struct.Struct(
+    "6q"  # q, k, v, out, log_decay, state
+    "2q"  # slots of 32 and of 64 bits, of which one at most is there
+    "9q"  # strides: two each of q, k, v, three of the state
+    "fi"  # scale, heads
+)
 
 
 @cache
@@ -81,11 +68,10 @@ def decode_(
     slots = None if slots is None else slots.contiguous()
     by_width = {} if slots is None else {slots.dtype: slots.data_ptr()}
     strides = state.stride()[:3]
-    params = _DecodeParams(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
-        log_decay.data_ptr(), state.data_ptr(),
-        by_width.get(torch.int32), by_width.get(torch.int64),
-        query.stride()[:2], key.stride()[:2], value.stride()[:2], strides,
+    params = _DECODE_PARAMS.pack(
+        *(x.data_ptr() for x in (query, key, value, output, log_decay, state)),
+        by_width.get(torch.int32, 0), by_width.get(torch.int64, 0),
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides,
         scale, heads,
     )  # fmt: skip
     together = state.data_ptr() // 4 | strides[0] | strides[1] | strides[2]

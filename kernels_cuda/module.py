@@ -29,6 +29,11 @@ OLDEST = (8, 0)  # compute capability
 class KernelError(RuntimeError):
     """A kernel could not be compiled, loaded or launched; the message holds the compiler's log."""
 
+    def in_short(self) -> str:
+        """The message's first line, and the first error of the log."""
+        first, *log = str(self).splitlines()
+        return "; ".join([first, *[line for line in log if "error" in line][:1]])
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -68,7 +73,7 @@ def _inlined(name: str, folders: tuple[Path, ...], seen: set[str]) -> str:
 class Kernel(Protocol):
     """A kernel on a device."""
 
-    def __call__(self, grid: int, params: ctypes.Structure, device: torch.device) -> None:
+    def __call__(self, grid: int, params: bytes, device: torch.device) -> None:
         """Launch `grid` blocks with one struct as their parameter."""
 
 
@@ -140,13 +145,13 @@ class _Launched:
             except driver.CUDADriverError as error:
                 raise KernelError(f"{_title(instance)} could not be loaded: {error}") from error
 
-    def __call__(self, grid: int, params: ctypes.Structure, device: torch.device) -> None:
+    def __call__(self, grid: int, params: bytes, device: torch.device) -> None:
         if torch.cuda.current_device() != self._device.index:
             with torch.cuda.device(self._device):
                 return self(grid, params, device)
         _ensure_context(self._driver, self._device)
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        pointers = (ctypes.c_char_p * 1)(params)  # to the bytes themselves
         threads, shared = self._instance.num_threads, self._instance.shared_bytes
         try:
             self._driver.launchKernel(
@@ -238,6 +243,6 @@ def why_not_compiled(instances: list[Instance], device: torch.device) -> str | N
                 kernel(instance, device)
                 continue
             except KernelError as error:
-                _failures[key] = str(error)  # not tried again
+                _failures[key] = error.in_short()  # not tried again
         return _failures[key]
     return None

@@ -10,6 +10,7 @@ from functools import cache, lru_cache
 from torch import Tensor
 
 MAP_BYTES = 128
+ELEMENT_BYTES = 2
 BOX = 64  # tokens and columns that are copied at once
 RANK = 4
 # Values of the driver's enums (cuda.h).
@@ -21,17 +22,18 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def layout(
+    shape: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes of D, T, H, B, and bytes from one token, head and batch row to the next.
 
     A dimension of size 1 has no next: what stands there must only be a stride that is allowed.
     """
-    sizes = tuple(reversed(x.shape))
-    row_bytes = x.shape[3] * x.itemsize
-    strides = (
-        s * x.itemsize if n > 1 else row_bytes for s, n in zip(x.stride(), x.shape, strict=True)
-    )
-    return sizes, tuple(reversed(tuple(strides)))[1:]
+    size_b, size_h, size_t, size_d = shape
+    strides = [
+        ELEMENT_BYTES * (s if n > 1 else size_d) for s, n in zip(stride, shape[:3], strict=False)
+    ]
+    return (size_d, size_t, size_h, size_b), tuple(reversed(strides))
 
 
 def tensor_map(x: Tensor) -> bytes:
@@ -39,11 +41,12 @@ def tensor_map(x: Tensor) -> bytes:
 
     Rows must begin at multiples of 16 bytes. Outside of the tensor a box holds zeros.
     """
-    return _encoded(x.data_ptr(), *layout(x))
+    return _encoded(x.data_ptr(), x.shape, x.stride())
 
 
 @lru_cache(1024)
-def _encoded(address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
+def _encoded(address: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    sizes, strides = layout(shape, stride)
     storage = ctypes.create_string_buffer(2 * MAP_BYTES)
     offset = -ctypes.addressof(storage) % 64  # the driver writes to multiples of 64
     code = _driver().cuTensorMapEncodeTiled(

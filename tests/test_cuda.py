@@ -1,8 +1,12 @@
 """The CUDA backend: its matrix, planned modes, layouts, planted defects, what it lacks and why.
 
-Kernels run on a GPU or, without one, as C++ on the CPU (`tests/cuda_on_host`).
+Kernels run on a GPU or, without one, as C++ on the CPU (`tests/cuda_on_host`). On a GPU,
+`python -m tests.test_cuda` makes small calls of all kernels, for compute-sanitizer to look at.
 """
 
+import contextlib
+import ctypes
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +19,7 @@ import attnlab
 from attnlab import cli, registry, schedules, segments, testing
 from attnlab.problem import Problem
 from attnlab.testing import assert_as_accurate
-from kernels_cuda import launch, lightning, module, tiles
+from kernels_cuda import launch, lightning, module, tensor_map, tiles
 from tests.cuda_on_host import HostLoader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -597,3 +601,48 @@ def test_the_host_build_says_what_is_undefined_on_a_gpu(message, monkeypatch, de
     inputs = inputs_of(device)
     with pytest.raises(module.KernelError, match=message):
         testing.run_lightning(inputs, backend="cuda")
+
+
+def test_a_tensor_map_tells_the_driver_where_rows_are(monkeypatch):
+    told = {}
+
+    class Driver:
+        def cuTensorMapEncodeTiled(self, target, kind, rank, address, sizes, strides, box, *rest):
+            told.update(kind=kind, address=address.value, sizes=list(sizes), strides=list(strides))
+            told.update(box=list(box), aligned=target.value % 64 == 0)
+            ctypes.memset(target, 7, tensor_map.MAP_BYTES)
+            return 0
+
+    monkeypatch.setattr(tensor_map, "_driver", Driver)
+    x = torch.empty(1, 50, 3, 128, dtype=torch.bfloat16).transpose(1, 2)[..., :64]
+    assert tensor_map.tensor_map(x) == bytes([7]) * 128
+    expected = {"kind": 1, "address": x.data_ptr(), "sizes": [64, 50, 3, 1], "box": [64, 64, 1, 1]}
+    expected |= {"strides": [3 * 128 * 2, 128 * 2, 64 * 2], "aligned": True}
+    assert told == expected
+
+
+def small_calls():
+    """Forward, backward, packed, planned and decoding calls of odd sizes, by both scan kernels."""
+    g = torch.tensor([-0.3, -0.05], device="cuda")
+    for use in (contextlib.nullcontext, lightning.hopper_kernels):
+        for dims, mode in itertools.product(((64, 64), (128, 128), (64, 128)), MODES[:3]):
+            inputs = inputs_of("cuda", H=2, T=333, dims=dims)
+            with use(), schedules.forced_plan(*mode):
+                testing.run_lightning(replace(inputs, log_decay=g), backend="cuda")
+        with use():
+            inputs = inputs_of("cuda", H=2, T=333, documents=3)
+            bounds = torch.tensor([0, 100, 100, 333], device="cuda")
+            testing.run_lightning(inputs, cu_seqlens=bounds, backend="cuda")
+    inputs = inputs_of("cuda", H=2, T=333)
+    testing.run_lightning(inputs, precision="high", backend="cuda")
+    step = [x[:, :, :1] for x in (inputs.query, inputs.key, inputs.value)]
+    slots = torch.tensor([2], device="cuda")
+    for width in (64, 65):  # aligned, and not
+        state = torch.zeros(3, 2, 64, width, device="cuda")[..., :64]
+        attnlab.lightning_decode_(*step, g, state, slots=slots, backend="cuda")
+    torch.cuda.synchronize()
+    print("all calls are done")
+
+
+if __name__ == "__main__":
+    small_calls()

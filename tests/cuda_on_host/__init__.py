@@ -6,14 +6,16 @@ As a pytest plugin (`-p tests.cuda_on_host`) it lets backend "cuda" run on CPU t
 
 import ctypes
 import hashlib
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
 
-from kernels_cuda import module
+from kernels_cuda import lightning, module
 from kernels_cuda.module import Instance, KernelError
+from kernels_cuda.tensor_map import MAP_BYTES, layout
 
 HERE = Path(__file__).parent
 BUILDS = Path(tempfile.gettempdir()) / "attnlab_cuda_on_host"
@@ -30,7 +32,7 @@ class HostLoader:
     """Builds kernels with g++; `capability` is that of the GPU whose table of tiles is used.
 
     With `copies_are_eager` an asynchronous copy happens at once, else when it is waited for. `change`
-    replaces a piece of the scan kernel's text, for planted defects.
+    replaces a piece of the scan kernels' text, for planted defects.
     """
 
     def __init__(
@@ -49,14 +51,18 @@ class HostLoader:
     def capability(self, device: torch.device) -> tuple[int, int]:
         return self._capability
 
+    def tensor_map(self, x: torch.Tensor) -> bytes:
+        sizes, strides = layout(x.shape, x.stride())
+        return struct.pack("P3q4i", x.data_ptr(), *strides, *sizes).ljust(MAP_BYTES, b"\0")
+
     def load(self, instance: Instance, device: torch.device) -> module.Kernel:
-        change = self._change if instance.name == "scan" else None
+        change = self._change if instance.name.endswith("scan") else None
         function = ctypes.CDLL(str(built(instance, change))).launch
         function.restype = ctypes.c_char_p
 
-        def launch(grid: int, params: ctypes.Structure, device: torch.device) -> None:
+        def launch(grid: int, params: bytes, device: torch.device) -> None:
             eager = int(self._copies_are_eager)
-            failure = function(ctypes.byref(params), grid, instance.num_threads, eager)
+            failure = function(params, grid, instance.num_threads, eager)
             if failure:
                 raise KernelError(failure.decode())
 
@@ -79,11 +85,18 @@ def built(instance: Instance, change: tuple[str, str] | None = None) -> Path:
             command = ["g++", *OPTIONS, str(source), "-o", str(library)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
-                raise KernelError(result.stderr[:4000])
+                raise KernelError(f"{instance.name} could not be compiled\n{result.stderr[:4000]}")
             library.replace(path)
     return path
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser) -> None:
+    """Options of the plugin."""
+    parser.addoption("--hopper", action="store_true", help="run the kernels for Hopper")
+
+
+def pytest_configure(config) -> None:
     """Let the backend run on the CPU in this process."""
     module.loader = HostLoader()
+    if config.getoption("--hopper"):
+        lightning.hopper_kernels().__enter__()
