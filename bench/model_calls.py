@@ -37,7 +37,14 @@ from bench.model_engines import (
     states,
     stepper,
 )
-from bench.model_gate import KEPT, PIECE, judge_logits, other_backends, verdict_of
+from bench.model_gate import (
+    KEPT,
+    PIECE,
+    judge_logits,
+    other_backends,
+    verdict_beside,
+    verdict_of,
+)
 from bench.model_parts import PartTimer
 from bench.rows import Point, Row
 
@@ -91,8 +98,8 @@ def _prefill(point: Point, source: Source, device: str) -> Call:
     notes: Row = {}
 
     def compute() -> Results:
-        if point.q_len <= CHUNK:  # what a first pass prepares would count as part of its layers
-            Ours(model).prefill(ids, 1)
+        # What the first passes prepare would count as part of their layers; further ones are alike.
+        Ours(model).prefill(ids[:, : 2 * CHUNK], 1)
         cache = model.new_cache(point.batch, point.q_len + NEW_TOKENS)
         *earlier, last = chunks(point.q_len, CHUNK)
         with PartTimer(model, device) as parts:
@@ -222,25 +229,37 @@ def _train(point: Point, source: Source, device: str) -> Call:
 
     step(ids[:, :2])  # makes the moments
 
-    def gradients() -> list[Tensor]:
-        """Of the first tokens, a vector a parameter."""
-        short = ids[:, : GRADIENTS_LEN + 1]
-        objective.backward(model, pack_of(short), num_targets=short.shape[1] - 1)
-        found = [x.grad.flatten() for x in model.parameters() if x.grad is not None]
-        model.zero_grad(set_to_none=True)
-        return found
-
     def judge(results: Results) -> Verdict:
         """Gradients of the first tokens against those of the definitions; the loss is a number."""
         if not results["loss"].isfinite():
             return Verdict(Accuracy(*[math.inf] * 3), "loss")
-        actual = gradients()
+        short = ids[:, : GRADIENTS_LEN + 1]
+        actual = gradients(model, short)
         with other_backends(model, "reference", "reference"):
-            return verdict_of("gradients", actual, gradients(), point.dtype)
+            plain = gradients(model, short)
+        if point.dtype == "float32":
+            return verdict_of("gradients", actual, plain, point.dtype)
+        return verdict_beside("gradients", actual, plain, gradients(in_float32(model), short))
 
     moments = [x for state in optimizer.adamw.state.values() for x in state.values()]
     size = num_bytes_of(*model.parameters(), *optimizer.masters.values(), *moments)
     return Call(partial(step, ids), lambda: {"loss": step(ids)}, judge, size)
+
+
+def gradients(model: HybridLM, ids: Tensor) -> list[Tensor]:
+    """Gradients of the mean loss of `ids` `[1, T+1]`, a vector a parameter; none are left behind."""
+    objective.backward(model, pack_of(ids), num_targets=ids.shape[1] - 1)
+    found = [x.grad.flatten() for x in model.parameters() if x.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def in_float32(model: HybridLM) -> HybridLM:
+    """The same weights in a model that computes by the ops' definitions in float32."""
+    weight = model.lm_head.weight
+    wide = HybridLM(model.config, device=weight.device, dtype=torch.float32).train()
+    wide.load_state_dict(model.state_dict())
+    return wide.use_backend("reference", "reference")
 
 
 def pack_of(ids: Tensor) -> Pack:

@@ -1,8 +1,8 @@
 """The accuracy gate of a model's points: is what is timed the model that it says?
 
 Our logits are computed a second time, with other backends and in other pieces (of a prompt), or all
-in one pass (of decoding steps); gradients with the ops' definitions; transformers' logits are
-compared with ours. Two computations in one dtype differ
+in one pass (of decoding steps); gradients with the ops' definitions, in float32 too where the model
+is of 16 bits; transformers' logits are compared with ours. Two computations in one dtype differ
 by its rounding, and where two experts are almost equally good a rounding may choose the other one,
 which shows in a single token: so the median over tokens (for gradients, over parameters) is judged.
 
@@ -34,6 +34,21 @@ def verdict_of(name: str, actual: list[Tensor], expected: list[Tensor], dtype: s
     middle, largest = found.median().item(), found.max().item()
     ratio = middle / TOLERANCES[getattr(torch, dtype)]
     return Verdict(Accuracy(ratio, middle, largest), name)
+
+
+def verdict_beside(
+    name: str, actual: list[Tensor], plain: list[Tensor], exact: list[Tensor]
+) -> Verdict:
+    """Judge vectors by their differences from exact ones: twice those of plain ones are allowed.
+
+    For gradients in 16 bits, where how far roundings carry depends on the model.
+    """
+    found, allowed = (
+        torch.stack([_difference(a.double(), b.double()) for a, b in zip(x, exact, strict=True)])
+        for x in (actual, plain)
+    )
+    middle = found.median().item()
+    return Verdict(Accuracy(middle / (2 * allowed.median().item()), middle, found.max().item()), name)
 
 
 def judge_logits(actual: Tensor, expected: Tensor, dtype: str) -> Verdict:
