@@ -23,6 +23,7 @@ from attnlab import reference
 from attnlab.checks import remembered
 from attnlab.custom_op import CustomOp
 
+_WORTH_A_PLAN = 1 << 32  # scores a head: tens of milliseconds, where a plan takes a few
 _BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -116,15 +117,28 @@ def softmax_decode(
 ) -> Tensor:
     """Output `[B, H, 1, V]`: the heads of a group are rows of one product, a mask ends each row.
 
-    What lies behind the ends must be finite: it is multiplied by weights of 0.
+    What lies behind the ends must be finite: it is multiplied by weights of 0. Rows that are known
+    to be of equal length, as on a CPU, need no mask, with which torch takes several times as long.
     """
-    keys, values = keys[:, :, :span], values[:, :, :span]
-    seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None]  # [B, C]
+    equal = _equal_length(lengths)
+    keys, values = (x[:, :, : span if equal is None else equal] for x in (keys, values))
+    mask = None
+    if equal is None:
+        seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None]  # [B, C]
+        mask = seen[:, None, None]
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])  # [B, G, H/G, K]
-    output = softmax_attention(grouped, keys, values, attn_mask=seen[:, None, None], scale=scale)
+    output = softmax_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     # Not every kernel of torch gives zeros where a mask hides all keys.
     output = output.masked_fill((lengths == 0)[:, None, None, None], 0.0)
     return output.reshape(*query.shape[:3], values.shape[3])
+
+
+def _equal_length(lengths: Tensor) -> int | None:
+    """The length of all rows; None if they differ, or can't be read without waiting."""
+    if lengths.is_cuda or torch.compiler.is_compiling():
+        return None
+    values = set(lengths.tolist())
+    return values.pop() if len(values) == 1 else None
 
 
 def flash_varlen(
@@ -165,7 +179,7 @@ def _parts(
 ) -> tuple[Tensor, Tensor]:
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if kernel == "sdpa":
-        kernel = _fastest_kernel(query, value, tracked or cu_seqlens_q is not None)
+        kernel = _fastest_kernel(query, key, value, tracked or cu_seqlens_q is not None)
     groups = query.shape[1] // key.shape[1]
     if tracked and groups > 1 and kernel != "flash":  # whose backward alone adds up a group's keys
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -173,15 +187,16 @@ def _parts(
     return _softmax_parts(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, kernel)
 
 
-def _fastest_kernel(query: Tensor, value: Tensor, only_flash: bool) -> str:
+def _fastest_kernel(query: Tensor, key: Tensor, value: Tensor, only_flash: bool) -> str:
     """The kernel to put parts together from.
 
-    On Hopper cuDNN's is 1.7 times as fast as FlashAttention-2, but its parts round gradients, and
-    of many documents each would be a launch.
+    On Hopper cuDNN's is 1.7 times as fast as FlashAttention-2, but its parts round gradients, of
+    many documents each would be a launch, and it makes a plan for each new length of the keys.
     """
     if query.device.type == "cpu":
         return "cpu"
     takes = query.dtype.itemsize == 2 and max(query.shape[3], value.shape[3]) <= 128
+    takes = takes and query.shape[2] * key.shape[2] >= _WORTH_A_PLAN
     hopper = takes and torch.cuda.get_device_capability(query.device) == (9, 0)
     return "cudnn" if hopper and not only_flash else "flash"
 

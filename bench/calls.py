@@ -21,7 +21,7 @@ from bench.rows import Point, Row
 PASSES = ("fwd", "bwd", "fwd+bwd", "decode")
 OPS = {
     "lightning": {"decode": "lightning_decode_", None: "lightning_attention"},
-    "softmax": {"decode": "softmax_attention", None: "softmax_attention"},
+    "softmax": {"decode": "softmax_decode", None: "softmax_attention"},
 }
 # Float32 copies of the scores that the materialised form holds at once: forward, with gradients.
 SCORES_HELD = {"fwd": 3, "bwd": 6, "fwd+bwd": 6}
@@ -205,12 +205,11 @@ def _lightning_decode(point: Point, source: Source, device: str) -> Call:
 def _softmax_decode(point: Point, source: Source, device: str) -> Call:
     k, v = (_tensor(n, point.kv_heads, point, source, device) for n in ("key", "value"))
     q = _tensor("query", point.heads, replace(point, q_len=1), source, device)
-    grouped = point.heads != point.kv_heads
+    lengths = torch.full((point.batch,), point.q_len, device=device)
+    flags = {"span": point.q_len, "backend": point.backend}
 
     def run() -> Tensor:
-        return functional.softmax_attention(
-            q, k, v, is_causal=True, enable_gqa=grouped, backend=point.backend
-        )
+        return functional.softmax_decode(q, k, v, lengths, **flags)
 
     def judge(results: Results) -> Verdict:
         part = Inputs(

@@ -84,7 +84,7 @@ def choose_backends(op: str, names: list[str] | None, template: Point) -> list[s
     Without names, lightning's "reference" is left out: its mask form is quadratic by design, and
     the naive softmax beside it shows that wall already.
     """
-    known = attnlab.list_backends(calls.OPS[op][None])
+    known = attnlab.list_backends(calls.OPS[op].get(template.pass_, calls.OPS[op][None]))
     if names is not None:
         return [n for n in known if n in names]
     device = "cpu" if template.device == "cpu" else "cuda"

@@ -53,6 +53,7 @@ LOOKS = {
     ("softmax", "sdpa"): ("#D55E00", "v"),
     ("softmax", "flash"): ("#E69F00", "P"),
     ("softmax", "cudnn"): ("#CC79A7", "<"),
+    ("softmax", "triton"): ("#882255", "H"),
     ("softmax", "reference"): ("#777777", "h"),
 }
 MODEL_LOOKS = {  # whole models have figures of their own
