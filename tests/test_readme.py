@@ -8,6 +8,7 @@ import pytest
 from bench import h200
 from bench.findings import readme_table
 from bench.lines import latest
+from bench.model_table import readme_table as model_table
 from bench.rows import load_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ def test_the_result_table_is_that_of_the_committed_rows():
     rows = latest(load_rows(ROOT / "results" / "sample" / "rows.jsonl"))
     assert readme_table(rows) in TEXT
     assert h200.readme_table(ROOT / "results" / "h200" / "rows.jsonl") in TEXT
+    assert model_table(load_rows(ROOT / "results" / "h200" / "model" / "rows.jsonl"), "1b") in TEXT
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!https?:)[^)]+)\)", TEXT))
