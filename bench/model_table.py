@@ -5,8 +5,8 @@ from bench.lines import Row
 from bench.models import PEER
 
 HEADER = [
-    *("tokens", "prefill hybrid", "of peak", "lightning", "softmax", PEER),
-    *("decode hybrid", "lightning", "softmax", PEER, "hybrid x64", f"{PEER} x64"),
+    *("tokens", "prefill: hybrid", "of peak", "lightning", "softmax", PEER),
+    *("step: hybrid", "lightning", "softmax", PEER, "64 rows: hybrid", PEER),
 ]
 
 
