@@ -226,14 +226,18 @@ def mark_crossover(axes: Axes, lines: list[Line]) -> None:
 
 def mark_limits(axes: Axes, lines: list[Line]) -> None:
     """Says which resource is the limit of each op, and from which length on where it changes."""
-    texts = []
+    limits: dict[str, str] = {}
     for op in dict.fromkeys(line.op for line in lines):
         rows = [row for line in lines if line.op == op for row in line.rows if row.get("limit")]
         steps: list[str] = []
         for row in sorted(rows, key=lambda row: row["q_len"]):
             if not steps or not steps[-1].startswith(row["limit"]):
                 steps.append(row["limit"] + f" from {format_len(row['q_len'])}" * bool(steps))
-        texts += [f"limit of {op}: {', '.join(steps)}"] if steps else []
+        if steps:
+            limits[op] = ", ".join(steps)
+    texts = [f"limit of {op}: {words}" for op, words in limits.items()]
+    if len(set(limits.values())) == 1:
+        texts = [f"limit: {words}" for words in set(limits.values())]
     axes.set_title("\n".join((axes.get_title(), *texts)))
     axes.set_ylim(0, max(1, axes.get_ylim()[1]))
     axes.axhline(1, color="#333333", linewidth=1, zorder=1)
