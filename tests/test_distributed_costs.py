@@ -1,5 +1,7 @@
 """The cost model against published figures, its own formulas, and bounds that hold for any."""
 
+from dataclasses import replace
+
 import pytest
 
 from attnlab import cli
@@ -96,6 +98,16 @@ def test_a_layer_of_the_planning_table_is_that_of_the_formulas():
     assert parts.expert_gather == pytest.approx(0.34, abs=0.02)
     assert parts.moe_exposed == pytest.approx(1.34, abs=0.03)
     assert forward(job(groups=4)).moe_exposed == pytest.approx(0.67, abs=0.02)
+
+
+def test_a_ring_is_seen_where_its_steps_outlast_their_attention():
+    assert forward(job()).ring == 0
+    slow = replace(H800, nic_rate=1e9)
+    short = replace(job(seq_len=16_384), hardware=slow)
+    # 2048 tokens of one key head, keys and values in 2 bytes; attention of a rank's share in 8 steps.
+    hop = 14e-6 + 2048 * 2 * 128 * 2 / 1e9
+    hidden = 4 * (16_384**2 / 2 / 8) * 8 * 128 / 400e12 / 8
+    assert forward(short).ring == pytest.approx(7e3 * (hop - hidden))
 
 
 def test_imbalance_slows_the_softmax_layers_alone():

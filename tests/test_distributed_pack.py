@@ -178,6 +178,9 @@ def test_the_convolution_reaches_across_ranks(worlds, size):
     # One-token chunks: a halo of three tokens lies on as many ranks.
     found = [p for name in ("over many ranks", "single tokens") for p in plans(name, size).values()]
     found.append(PackPlan.contiguous_with((0, 2, 9), [9 - (size - 1), *[1] * (size - 1)]))
+    # Chunks whose halos come from ranks in another order than theirs.
+    owners = tuple((n * 3 + n // 4) % size for n in range(8))
+    found.append(PackPlan((0, 9, 33), (0, 4, 4, 11, 20, 22, 23, 26, 33), owners, size))
     jobs = []
     for plan in found:
         x, grad = (

@@ -90,17 +90,22 @@ class ContextLightning(LightningMixer):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, place: Placement, cache: LayerCache | None
     ) -> Tensor:
-        context, tp = self.context, self.context.group("tp")
+        context = self.context
         return lasp_attention(
             query,
             key,
             value,
-            self.log_decay[_own(self.num_heads, tp)],
+            self.log_decay,
             context.plan,
             context.group("cp"),
             method=context.method,
             backend=self.backend,
         )
+
+    def _set_decay(self, device: torch.device) -> None:
+        """Keep the decays of this rank's heads."""
+        super()._set_decay(device)
+        self.log_decay = self.log_decay[_own(self.num_heads, self.context.group("tp"))].clone()
 
 
 class ContextSoftmax(SoftmaxMixer):
@@ -157,6 +162,16 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     ShortConvolution: ContextConvolution,
 }
 """What takes the place of the model's modules."""
+
+
+def replace_module(module: nn.Module, context: Context) -> None:
+    """Make a module of the model the one that takes its place; its parameters stay what they are."""
+    kind = REPLACEMENTS.get(type(module))
+    if kind is not None:
+        module.__class__ = kind
+        module.context = context  # type: ignore[assignment]
+    if isinstance(module, ContextLightning):
+        module._set_decay(module.log_decay.device)
 
 
 def _own(size: int, tp: Group) -> slice:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from attnlab.checks import expect
 from attnlab.distributed.mesh import Meshes
-from attnlab.distributed.mixers import REPLACEMENTS, Context
+from attnlab.distributed.mixers import Context, replace_module
 from attnlab.distributed.moe import ExpertShard, mix_experts, shard_experts
 from attnlab.distributed.pack import PackPlan
 from attnlab.distributed.routing import Routing, route
@@ -85,9 +85,7 @@ class ParallelLM(nn.Module):
         )
         self.lm, self.context = lm, context
         for module in list(lm.modules()):
-            for kind, replacement in REPLACEMENTS.items():
-                if type(module) is kind:
-                    _become(module, replacement, context)
+            replace_module(module, context)
             if isinstance(module, DecoderLayer):
                 module.register_module("mlp", ContextMixture(module.mlp, context))
 
@@ -197,9 +195,3 @@ def _whole_experts(part: Tensor, is_gate_up: bool, meshes: Meshes) -> Tensor:
 
 def _local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
-
-
-def _become(module: nn.Module, kind: type[nn.Module], context: Context) -> None:
-    """Make a module of the model the one that takes its place; its parameters stay what they are."""
-    module.__class__ = kind
-    module.context = context  # type: ignore[assignment]
