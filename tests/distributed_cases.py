@@ -1,6 +1,8 @@
 """What each rank runs for the tests of `attnlab.distributed`, and the packs that they run on."""
 
 import contextlib
+import os
+import time
 from unittest import mock
 
 import torch
@@ -68,6 +70,18 @@ def simulated_weights(plan, log_decay):
 def world(size: int) -> tuple[Group, Ledger]:
     ledger = Ledger()
     return Group(dist.group.WORLD, name="cp", ledger=ledger), ledger
+
+
+def run_failing(rank, size, how):
+    """Rank 1 raises, ends or never answers, while the others wait for it in a collective."""
+    if rank == 1 and how == "raises":
+        raise ValueError("planted")
+    if rank == 1 and how == "ends":
+        os._exit(7)
+    if rank == 1 and how == "sleeps":
+        time.sleep(600)
+    dist.all_reduce(torch.ones(1))
+    return os.getpid()
 
 
 def differentiate(outputs, leaves, grad_output):

@@ -6,6 +6,7 @@ forked from a server that has imported torch once.
 
 import multiprocessing
 import pickle
+import shutil
 import tempfile
 import time
 import traceback
@@ -33,6 +34,7 @@ class World:
     def __init__(self, size: int, *, backend: str = "gloo", timeout: float = 60.0) -> None:
         self.size, self.backend, self.timeout = size, backend, timeout
         self.ranks, self.pipes = [], []
+        self.folder = None
 
     def call(self, function, *args, **kwargs):
         """Results of `function(rank, size, *args, **kwargs)` by rank."""
@@ -55,13 +57,15 @@ class World:
         for pipe in self.pipes:
             pipe.close()
         self.ranks, self.pipes = [], []
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
-        folder = tempfile.mkdtemp(prefix="attnlab-world-")
+        self.folder = tempfile.mkdtemp(prefix="attnlab-world-")
         for rank in range(self.size):
             here, there = CONTEXT.Pipe()
             seconds = self.timeout / 2  # a rank that waits gives up before the world does
-            args = rank, self.size, self.backend, str(Path(folder) / "store"), seconds, there
+            args = rank, self.size, self.backend, str(Path(self.folder) / "store"), seconds, there
             process = CONTEXT.Process(target=_serve, args=args, daemon=True)
             process.start()
             there.close()

@@ -1,12 +1,16 @@
 """The cost model against published figures, its own formulas, and bounds that hold for any."""
 
+import itertools
+import random
 from dataclasses import replace
 
 import pytest
 
 from attnlab import cli
 from attnlab.distributed.anchors import GPUS, anchors, fit_line, ideal_gather_time
+from attnlab.distributed.balance import MIXES, draw_documents, mean_imbalance
 from attnlab.distributed.costs import H800, Job, exchange_time, forward, ring_time
+from attnlab.distributed.pack import PackPlan
 from attnlab.distributed.planning import best_job, parse_range, parse_size, step_time
 from attnlab.distributed.streams import Op, Step, exposed, makespan, moe_schedule, simulate
 from attnlab.model.config import HybridConfig
@@ -143,6 +147,27 @@ def test_a_step_takes_its_packs_in_turns():
     parts = forward(job())
     assert step_time(job(), parts, 3) == pytest.approx(3 * 3 * 80 * parts.layer / 1e3)
     assert step_time(job(gpus=128), parts, 3) == pytest.approx(2 * 3 * 80 * parts.layer / 1e3)
+
+
+def test_zigzag_evens_out_long_documents_and_not_short_ones(capsys):
+    one = [PackPlan.contiguous((0, 2**12), 8), PackPlan.zigzag((0, 2**12), 8)]
+    # The last of 8 chunks sees 7.5 of the 32 blocks that there are.
+    assert one[0].imbalance() == pytest.approx(7.5 * 8 / 32, rel=1e-3)
+    assert one[1].imbalance() == pytest.approx(1)
+    for mix, ranks in itertools.product(("35/35/30 %", "30/30/40 %"), (8, 32)):
+        plain, zigzag = (mean_imbalance(MIXES[mix], ranks, x) for x in ("contiguous", "zigzag"))
+        assert zigzag < 0.8 * plain and plain > 1.8
+    assert mean_imbalance(MIXES["short alone"], 128, "zigzag") > 1.5
+    assert cli.main(["plan", "--balance"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(MIXES) and lines[-1].startswith("30/30/40 %")
+
+
+def test_documents_fill_a_pack_with_lengths_of_their_classes():
+    bounds = draw_documents(MIXES["30/70/0 %"], 2**20, random.Random(1))
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    assert bounds[0] == 0 and bounds[-1] == 2**20
+    assert all(2**10 <= n <= 2**17 for n in lengths[:-1]) and max(lengths) > 2**15
 
 
 def test_sizes_and_ranges_are_read():

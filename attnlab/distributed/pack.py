@@ -294,6 +294,11 @@ class PackPlan:
             self._pairs(span) for chunk in self.chunks(rank) for span in self.fragments(chunk)
         )
 
+    def imbalance(self) -> float:
+        """Pairs of the rank that has most over those of the mean rank, 1 at best."""
+        pairs = [self.num_pairs(rank) for rank in range(self.world_size)]
+        return max(pairs) * self.world_size / sum(pairs)
+
     def _pairs(self, span: Span) -> int:
         first = span.start - self.document_start(span.start) + 1
         return span.length * first + span.length * (span.length - 1) // 2

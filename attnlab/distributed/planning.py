@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from attnlab.checks import expect
 from attnlab.distributed.anchors import anchors
+from attnlab.distributed.balance import MAPS, MIXES, mean_imbalance
 from attnlab.distributed.costs import HARDWARE, Forward, Hardware, Job, forward
 from attnlab.model.config import HybridConfig
 
@@ -49,17 +50,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--imbalance",
         type=float,
         default=1.0,
-        help="slowest rank's causal attention over the mean: 1.7 is a zigzag of mixed documents",
+        help="slowest rank's causal attention over the mean, see --balance (%(default)s)",
     )
     parser.add_argument("--max-tokens", type=int, default=8192, help="a GPU (%(default)s)")
     parser.add_argument("--chart", metavar="FILE", help="draw the parts of a layer, .png or .svg")
+    parser.add_argument("--balance", action="store_true", help="imbalance by mix of documents")
     parser.add_argument("--anchors", action="store_true", help="published figures and the model's")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table of layouts, or that of anchors."""
-    if args.anchors:
-        print(anchors_table())
+    """Print the table of layouts, or one of the other two."""
+    if args.anchors or args.balance:
+        print(anchors_table() if args.anchors else balance_table())
         return 0
     seq_len, packs = parse_size(args.seq), args.packs
     expect(packs >= 1, "at least one pack", packs)
@@ -207,6 +209,19 @@ def anchors_table() -> str:
                 anchor.source,
             )
         )
+    return _aligned(rows)
+
+
+def balance_table() -> str:
+    """Lines of a table, a mix of documents in packs of 1M tokens each."""
+    ranks = (8, 32, 128)
+    cells = [(layout, n) for n in ranks for layout in MAPS]
+    rows: list[tuple[str, ...]] = [
+        ("short/medium/long", *(f"cp {n} {layout}" for layout, n in cells))
+    ]
+    for name, mix in MIXES.items():
+        values = (mean_imbalance(mix, n, layout) for layout, n in cells)
+        rows.append((name, *(f"{value:.2f}" for value in values)))
     return _aligned(rows)
 
 
