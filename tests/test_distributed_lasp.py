@@ -5,6 +5,7 @@ wrong combination passes.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from distributed_cases import (
     simulated_weights,
 )
 
+from attnlab import registry
 from attnlab.distributed.comm import Group
 from attnlab.distributed.lasp import lasp_attention
 from attnlab.distributed.pack import UNREACHED, PackPlan
@@ -201,6 +203,18 @@ def test_a_planted_defect_is_seen(worlds, mutation):
         for rank in range(4)
     ]
     assert max(errors) > 1e3 * TOLERANCE
+
+
+def test_a_backend_without_the_state_op_can_be_named(monkeypatch):
+    varlen = registry._impls["lightning_attention_varlen"]
+    only = replace(varlen["reference"], backend="only-attention")
+    both = registry._impls | {"lightning_attention_varlen": varlen | {only.backend: only}}
+    monkeypatch.setattr(registry, "_impls", both)
+    plan = PackPlan.zigzag((0, 5, 40), 1)
+    query, key, value, _ = tensors = tensors_for(plan)
+    flags = {"plan": plan, "group": Group(None), "backend": only.backend}
+    output = lasp_attention(query, key, value, LOG_DECAY, **flags)
+    torch.testing.assert_close(output, oracle(plan, tensors)[0], rtol=0, atol=TOLERANCE)
 
 
 def test_wrong_arguments_are_refused_with_words():

@@ -56,6 +56,10 @@ def test_outputs_and_gradients_are_those_of_one_process(worlds, size):
     check(worlds(size), ["one document", "over many ranks"])
 
 
+def test_torchs_fused_kernel_can_do_the_blocks(worlds):
+    check(worlds(4), ["over many ranks", "long and tiny"], kernel="cpu")
+
+
 @pytest.mark.distributed_full
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_all_packs_are_those_of_one_process(worlds, size):

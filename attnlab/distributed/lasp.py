@@ -23,6 +23,7 @@ from attnlab.distributed.pack import UNREACHED, PackPlan
 from attnlab.distributed.states import Exchange, Gather, Pruned, Serial
 from attnlab.functional import lightning_attention_varlen, lightning_state
 from attnlab.reference import decay_mask
+from attnlab.registry import list_backends
 
 METHODS = ("gather", "serial", "pruned")
 
@@ -101,6 +102,8 @@ def _outgoing(
 ) -> Tensor:
     """State `[m, H, K, V]` that each own chunk's last fragment leaves; zero if none goes on there."""
     states = []
+    # A backend that has no such op leaves it to the first that can run it.
+    backend = backend if backend in list_backends("lightning_state") else None
     for chunk in plan.chunks(rank):
         start, stop = plan.local(chunk, plan.last_fragment(chunk))
         if not (plan.distances[:, chunk] != UNREACHED).any():
