@@ -108,6 +108,14 @@ def test_the_closed_form_predicts_recall(slope, gap):
     check_prediction(list(probe_lightning(stream, [Head(slope=slope / gap)])))
 
 
+@pytest.mark.parametrize("codebook", [8, 4096])
+def test_the_closed_form_knows_values_that_come_up_again(codebook):
+    """Of 8 values each is in an eighth of the writes, which costs a factor of 9 in capacity at dim 64."""
+    stream = Stream(num_tokens=8192, head_dim=64, codebook=codebook)
+    check_prediction(list(probe_lightning(stream, [Head(slope=0.0)])))
+    assert theory.effective_dim(64, 64, codebook) == 64 / (1 / 64 + 1 / codebook)
+
+
 def test_the_closed_form_predicts_softmax():
     rows = list(probe_softmax(Stream(num_tokens=1 << 15), [4.0, 6.0]))
     for scale in (4.0, 6.0):
