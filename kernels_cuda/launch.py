@@ -102,24 +102,23 @@ def tile_of(
     backward: bool = False,
 ) -> Tile:
     """Tile of the scans of a call, the same for all of them so that they share a schedule."""
-    hopper = _hopper and precision != "high"
-    return _tile_of(max(key_dim, value_dim), min(key_dim, value_dim), device, hopper, backward)
+    kind = "high" if precision == "high" else "backward" if backward else "forward"
+    dims = max(key_dim, value_dim), min(key_dim, value_dim)
+    return _tile_of(*dims, device, kind, _hopper)
 
 
 @cache
-def _tile_of(large: int, small: int, device: torch.device, hopper: bool, backward: bool) -> Tile:
+def _tile_of(large: int, small: int, device: torch.device, kind: str, hopper: bool) -> Tile:
     capability = module.loader.capability(device)
-    if hopper and capability[0] == 9:
-        return tiles.hopper_tile(large, small, backward)
-    return tiles.scan_tile(large, capability)
+    special = tiles.hopper_tile(large, small, kind) if hopper and capability[0] == 9 else None
+    return special or tiles.scan_tile(large, capability)
 
 
 @cache
 def instance_of(b_dim: int, dtype: torch.dtype, tile: Tile, precision: str) -> Instance:
     """The kernel that runs scans with `b_dim` columns of b."""
-    if tile.consumers:
-        return tiles.hopper_instance(ELEMENTS[dtype], b_dim, tile)
-    return tiles.scan_instance(ELEMENTS[dtype], b_dim, tile, precision == "high")
+    make = tiles.hopper_instance if tile.consumers else tiles.scan_instance
+    return make(ELEMENTS[dtype], b_dim, tile, precision == "high")
 
 
 def why_not(

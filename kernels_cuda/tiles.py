@@ -67,29 +67,35 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
     )
 
 
-# Of the kernel for Hopper, by the larger head dim and whether a backward asks: in a forward one
-# consumer does, while a backward is nearer to what the products take, and two share their copies.
+# Of the kernel for Hopper, by the larger head dim and what asks. In a forward one consumer does; a
+# backward and "high" precision are nearer to what the products take, and two consumers share their
+# copies.
 HOPPER_SCAN = {
-    (64, False): Tile(num_stages=4, programs_per_sm=2, consumers=1),
-    (64, True): Tile(num_stages=4, programs_per_sm=2, consumers=1),
-    (128, False): Tile(num_stages=4, programs_per_sm=1, consumers=1),
-    (128, True): Tile(num_stages=4, programs_per_sm=1, consumers=2, width=128),
+    (64, "forward"): Tile(num_stages=4, programs_per_sm=2, consumers=1),
+    (64, "backward"): Tile(num_stages=4, programs_per_sm=2, consumers=1),
+    (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
+    (128, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
+    (128, "backward"): Tile(num_stages=4, programs_per_sm=1, consumers=2, width=128),
+    (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
 }
 
 
-def hopper_tile(large: int, small: int, backward: bool) -> Tile:
-    """Tile of the kernel for Hopper; two consumers only where both head dims fill them."""
-    return HOPPER_SCAN[large, backward and small == large]
+def hopper_tile(large: int, small: int, kind: str) -> Tile | None:
+    """Tile of the kernel for Hopper; two consumers want both head dims to fill them."""
+    if large != small:
+        return None if kind == "high" else HOPPER_SCAN[large, "forward"]
+    return HOPPER_SCAN[large, kind]
 
 
-def hopper_instance(element: str, b_dim: int, tile: Tile) -> Instance:
-    """The scan kernel for Hopper, for 16-bit elements and a dim of b."""
+def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance:
+    """The scan kernel for Hopper, for 16-bit elements and a dim of b; `split` as above."""
     box = 2 * CHUNK * 64
     stage = box * (2 * b_dim // 64 + tile.consumers)
+    scores_and_out = box * tile.consumers * (2 + split)
     weights, barriers = 4 * 2 * CHUNK * (1 + tile.consumers), 2 * 8 * tile.num_stages
     return Instance(
         name="hopper_scan",
-        arguments=f"{element}, {b_dim}, {tile.consumers}, {tile.num_stages}",
+        arguments=f"{element}, {b_dim}, {tile.consumers}, {tile.num_stages}, {str(split).lower()}",
         num_threads=160 if tile.consumers == 1 else 384,
-        shared_bytes=tile.num_stages * stage + 2 * tile.consumers * box + weights + barriers,
+        shared_bytes=tile.num_stages * stage + scores_and_out + weights + barriers,
     )

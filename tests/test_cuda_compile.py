@@ -33,12 +33,13 @@ def instances(capability):
         yield lightning_decode.instance_of(*dims, dtype, vector), None
     yield launch.PREFIX, None
     if capability[0] == 9:
-        for dtype, ((dim, _), tile) in itertools.product(
+        for dtype, ((dim, kind), tile) in itertools.product(
             launch.ELEMENTS, tiles.HOPPER_SCAN.items()
         ):
-            for b_dim in (64, dim):  # beside another dim of c
-                if b_dim == dim or tile.consumers == 1:
-                    yield launch.instance_of(b_dim, dtype, tile, "default"), tile
+            precision = "high" if kind == "high" else "default"
+            yield launch.instance_of(dim, dtype, tile, precision), tile
+            if kind == "forward":  # serves unequal head dims too
+                yield launch.instance_of(64, dtype, tile, precision), tile
 
 
 def rows(architecture, folder):
@@ -65,7 +66,7 @@ def test_every_instance_compiles_without_spills_and_fits(architecture, tmp_path)
         assert used["stack"] <= STACK_ALLOWED, (instance, used)
         assert "Performance Loss" not in used["log"], (instance, used)  # products made to wait
         assert instance.shared_bytes <= limit, instance
-        if tile is not None and not instance.arguments.endswith("true"):
+        if tile is not None and not (instance.name == "scan" and "true" in instance.arguments):
             together = tile.programs_per_sm
             reserved = 1024  # bytes of each block's shared memory
             assert together * (instance.shared_bytes + reserved) <= limit + reserved, instance

@@ -12,7 +12,9 @@
 //     O^T = S A^T,   O^T += C^T scores,   S += (C weighted)^T B
 // The state and weighted c are left operands from registers; a, b, c are read as the copy engine put them.
 //
-// 16-bit inputs; scores, state and weighted c are rounded once. Rows must fit the copy engine.
+// 16-bit inputs. Scores, state and weighted c are rounded once; with SPLIT each enters as a high and a low
+// half, and a chunk's share is summed up apart before it joins the state: products truncate their sums.
+#include "halves.cuh"
 #include "hopper.cuh"
 #include "tile.cuh"
 #include "weights.cuh"
@@ -25,7 +27,7 @@ struct HopperScanParams {
 
 constexpr int PANEL_BYTES = CHUNK * 64 * 2;  // 64 columns of a chunk: one box of the copy engine
 
-template <class E, int B_DIM, int CONSUMERS, int STAGES>
+template <class E, int B_DIM, int CONSUMERS, int STAGES, bool SPLIT>
 struct HopperScan {
     static constexpr int PANELS = B_DIM / 64;
     static constexpr int WIDTH = CONSUMERS * 64;
@@ -36,7 +38,7 @@ struct HopperScan {
     using Panel = unsigned char[PANEL_BYTES];
     struct Shared {
         Panel a[STAGES][PANELS], b[STAGES][PANELS], c[STAGES][CONSUMERS];
-        Panel scores[CONSUMERS], out[CONSUMERS];
+        Panel scores[CONSUMERS][1 + SPLIT], out[CONSUMERS];
         Mask mask;
         EdgeWeights edge[CONSUMERS];
         Barrier full[STAGES], empty[STAGES];
@@ -57,7 +59,7 @@ struct HopperScan {
     __device__ void run() {
         shared.mask.set(decay, threadIdx.x, NUM_THREADS);
         for (EdgeWeights& edge : shared.edge)
-            edge.set(decay, CHUNK, decay.all_writes(), threadIdx.x, NUM_THREADS);
+            edge.set(decay, CHUNK, SPLIT ? 1.0f : decay.all_writes(), threadIdx.x, NUM_THREADS);
         if (threadIdx.x == 0) {
             for (int stage = 0; stage < STAGES; ++stage) {
                 shared.full[stage].init(1);
@@ -120,11 +122,13 @@ struct HopperScan {
             int n = 0;
             for (; n < scan.num_silent; ++n) {
                 wait_full(n);
-                write(n, past);
-                keep(state);
-                products_commit();
-                products_wait<0>();
-                keep(state);
+                if constexpr (SPLIT) {
+                    write_apart(n, past);
+                } else {
+                    write(n, past);
+                    products_wait<0>();
+                    keep(state);
+                }
                 release(n);
             }
             if (n < last) {
@@ -139,20 +143,21 @@ struct HopperScan {
                 products_wait<0>();
                 keep(sums);
                 weigh();
-                products_begin();
                 read_scores(n);
-                products_commit();
-                write(n, past);
-                products_commit();
+                if constexpr (!SPLIT) write(n, past);
                 // The next chunk's scores; after the last chunk its own again, so as not to branch.
                 const int next = n + 1 < last ? n + 1 : n;
                 wait_full(next);
                 score(next);
-                products_wait<2>();
+                products_wait<SPLIT ? 1 : 2>();
                 keep(sums);
                 store(scan.chunks.token(n, CHUNK), CHUNK);
-                products_wait<1>();
-                keep(state);
+                if constexpr (SPLIT) {
+                    write_apart(n, past);
+                } else {
+                    products_wait<1>();
+                    keep(state);
+                }
                 release(n);
                 products_wait<0>();
                 keep(scores);
@@ -181,15 +186,20 @@ struct HopperScan {
         // sums [c, token] = S A^T
         __device__ void read_state(int n) {
             const Matrix<true> a(shared.a[n % STAGES][0]);
-            uint32 left[B_DIM / 16][4];
+            uint32 left[1 + SPLIT][B_DIM / 16][4];
 #pragma unroll
-            for (int i = 0; i < B_DIM / 4; ++i)
-                left[i / 4][i % 4] = E::pack(state[2 * i], state[2 * i + 1]);
+            for (int i = 0; i < B_DIM / 4; ++i) {
+                const Halves<E, SPLIT> halves(state[2 * i], state[2 * i + 1]);
+                left[0][i / 4][i % 4] = halves.high;
+                if constexpr (SPLIT) left[1][i / 4][i % 4] = halves.low;
+            }
             keep(sums);
             products_begin();
 #pragma unroll
-            for (int k = 0; k < B_DIM; k += 16)
-                product<E, 64>(sums, left[k / 16], a.at(k), k > 0);
+            for (int k = 0; k < B_DIM; k += 16) {
+                product<E, 64>(sums, left[0][k / 16], a.at(k), k > 0);
+                if constexpr (SPLIT) product<E, 64>(sums, left[1][k / 16], a.at(k), true);
+            }
             products_commit();
         }
 
@@ -197,15 +207,22 @@ struct HopperScan {
         __device__ void store_scores() {
 #pragma unroll
             for (int to = 0; to < 64; to += 16) {
-                uint32 blocks[4];
+                uint32 blocks[1 + SPLIT][4];
 #pragma unroll
                 for (int block = 0; block < 4; ++block) {
                     const int from = row + block % 2 * 8, first = to + block / 2 * 8 + pair;
                     const float* x = scores + to / 2 + block / 2 * 4 + block % 2 * 2;
-                    blocks[block] = E::pack(x[0] * shared.mask.at(first, from), x[1] * shared.mask.at(first + 1, from));
+                    const Halves<E, SPLIT> halves(x[0] * shared.mask.at(first, from),
+                                                  x[1] * shared.mask.at(first + 1, from));
+                    blocks[0][block] = halves.high;
+                    if constexpr (SPLIT) blocks[1][block] = halves.low;
                 }
-                store_blocks<false>(tile(shared.scores).granule(
-                    warp * 16 + lane % 16, to / GRANULE + lane / 16), blocks);
+#pragma unroll
+                for (int half = 0; half <= SPLIT; ++half) {
+                    const Tile<64> tile = {shared.scores[group][half]};
+                    const int r = warp * 16 + lane % 16, granule = to / GRANULE + lane / 16;
+                    store_blocks<false>(tile.granule(r, granule), blocks[half]);
+                }
             }
             fence_shared();
             group_sync(group);  // protects the scores: all rows are there, for the products too
@@ -220,23 +237,32 @@ struct HopperScan {
 
         // sums += C^T scores
         __device__ void read_scores(int n) {
-            const Matrix<false> c(shared.c[n % STAGES][group]), weighted(shared.scores[group]);
+            const Matrix<false> c(shared.c[n % STAGES][group]);
             keep(sums);
+            products_begin();
 #pragma unroll
-            for (int from = 0; from < CHUNK; from += 16)
-                product<E>(sums, c.at(from), weighted.at(from), true);
+            for (int half = 0; half <= SPLIT; ++half)
+#pragma unroll
+                for (int from = 0; from < CHUNK; from += 16) {
+                    const Matrix<false> weighted(shared.scores[group][half]);
+                    product<E>(sums, c.at(from), weighted.at(from), true);
+                }
+            products_commit();
         }
 
         // Columns of c as rows of a left operand, weighted and rounded.
-        __device__ void weighted(uint32 (&left)[CHUNK / 16][4], int n) {
+        __device__ void weighted(uint32 (&left)[1 + SPLIT][CHUNK / 16][4], int n) {
 #pragma unroll
             for (int j = 0; j < CHUNK / 16; ++j) {
-                tile(shared.c[n % STAGES]).left_transposed(left[j], j * 16, warp * 16);
+                uint32 blocks[4];
+                tile(shared.c[n % STAGES]).left_transposed(blocks, j * 16, warp * 16);
 #pragma unroll
                 for (int block = 0; block < 4; ++block) {
                     const float* w = shared.edge[group].write + j * 16 + block / 2 * 8 + pair;
-                    uint32& x = left[j][block];
-                    x = E::pack(E::first(x) * w[0], E::second(x) * w[1]);
+                    const Halves<E, SPLIT> halves(E::first(blocks[block]) * w[0],
+                                                  E::second(blocks[block]) * w[1]);
+                    left[0][j][block] = halves.high;
+                    if constexpr (SPLIT) left[1][j][block] = halves.low;
                 }
             }
         }
@@ -244,7 +270,7 @@ struct HopperScan {
         // state = past state + (C weighted)^T B
         __device__ void write(int n, float past) {
             const Matrix<false> b(shared.b[n % STAGES][0]);
-            uint32 left[CHUNK / 16][4];
+            uint32 left[1 + SPLIT][CHUNK / 16][4];
             weighted(left, n);
 #pragma unroll
             for (int i = 0; i < B_DIM / 2; ++i) state[i] *= past;
@@ -252,11 +278,36 @@ struct HopperScan {
             products_begin();
 #pragma unroll
             for (int j = 0; j < CHUNK / 16; ++j)
-                product<E, B_DIM>(state, left[j], b.at(j * 16), true);
+                product<E, B_DIM>(state, left[0][j], b.at(j * 16), true);
+            products_commit();
         }
 
-        // The last chunk in the scan's order, of fewer tokens. What it adds to the state is summed up
-        // apart and its common factor applied afterwards, so that a single token isn't rounded.
+        // The same, with the chunk's share summed up apart. Its common factor comes after the product,
+        // so that a single token isn't rounded.
+        __device__ void write_apart(int n, float past) {
+            const float factor = decay.all_writes();
+            uint32 left[1 + SPLIT][CHUNK / 16][4];
+            weighted(left, n);
+#pragma unroll
+            for (int p = 0; p < PANELS; ++p) {
+                const Matrix<false> b(shared.b[n % STAGES][p]);
+                keep(sums);
+                products_begin();
+#pragma unroll
+                for (int half = 0; half <= SPLIT; ++half)
+#pragma unroll
+                    for (int j = 0; j < CHUNK / 16; ++j)
+                        product<E, 64>(sums, left[half][j], b.at(j * 16), half + j > 0);
+                products_commit();
+                products_wait<0>();
+                keep(sums);
+#pragma unroll
+                for (int i = 0; i < 32; ++i)
+                    state[p * 32 + i] = state[p * 32 + i] * past + sums[i] * factor;
+            }
+        }
+
+        // The last chunk in the scan's order, of fewer tokens.
         __device__ void finish(int n, int num_rows) {
             const int stage = n % STAGES;
             wait_full(n);
@@ -275,30 +326,12 @@ struct HopperScan {
                 products_wait<0>();
                 keep(sums);
                 weigh();
-                products_begin();
                 read_scores(n);
-                products_commit();
                 products_wait<0>();
                 keep(sums);
                 store(scan.chunks.token(n, CHUNK), num_rows);
             }
-            uint32 left[CHUNK / 16][4];
-            weighted(left, n);
-            const float past = expf(decay.g * num_rows), factor = decay.all_writes();
-#pragma unroll
-            for (int p = 0; p < PANELS; ++p) {
-                const Matrix<false> b(shared.b[stage][p]);
-                keep(sums);
-                products_begin();
-#pragma unroll
-                for (int j = 0; j < CHUNK / 16; ++j) product<E, 64>(sums, left[j], b.at(j * 16), j > 0);
-                products_commit();
-                products_wait<0>();
-                keep(sums);
-#pragma unroll
-                for (int i = 0; i < 32; ++i)
-                    state[p * 32 + i] = state[p * 32 + i] * past + sums[i] * factor;
-            }
+            write_apart(n, expf(decay.g * num_rows));
         }
 
         // Rows from num_rows on are another document's, or those of chunks that came before.

@@ -21,6 +21,7 @@
 // Scores, state and weighted c are rounded once, as operands; with SPLIT each enters as a high and a
 // low half. A chunk's share is summed up apart before it joins the state. Offsets are 64-bit.
 // Not supported: float32 inputs, a gradient of g, dims of b other than 64 and 128.
+#include "halves.cuh"
 #include "tile.cuh"
 #include "weights.cuh"
 #include "work.cuh"
@@ -28,17 +29,6 @@
 constexpr int WIDTH = 64;
 constexpr int NUM_WARPS = WIDTH / 16;
 constexpr int NUM_THREADS = NUM_WARPS * 32;
-
-// A 16-bit operand and, with SPLIT, what rounding took from it.
-template <class E, bool SPLIT>
-struct Halves {
-    uint32 high, low;
-
-    __device__ Halves(float first, float second) : high(E::pack(first, second)), low(0) {
-        if constexpr (SPLIT)
-            low = E::pack(first - E::first(high), second - E::second(high));
-    }
-};
 
 // sum += left @ right for a left operand in halves.
 template <class E, bool SPLIT>

@@ -72,6 +72,7 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<std::unique_ptr<char[]>> stacks;
     Gate gate;
+    Gate group_gates[4];  // of warpgroups
     unsigned current = 0, num_done = 0;
     unsigned long waits = 0;  // since something last happened
     jmp_buf finished;
@@ -154,6 +155,7 @@ inline void run_block(unsigned index) {
     blockIdx = {index, 0, 0};
     std::memset(shared_bytes, 0xff, sizeof shared_bytes);  // not numbers
     block->gate = {};
+    for (Gate& gate : block->group_gates) gate = {};
     block->num_done = 0;
     block->waits = 0;
     std::fill(block->warps.begin(), block->warps.end(), Warp{});
@@ -180,7 +182,9 @@ const char* run_grid(void (*kernel)(Params), const void* params, unsigned grid, 
         Block own;
         own.fibres.resize(threads);
         own.warps.resize(threads / 32);
-        own.body = [&] { kernel(*(const Params*)params); };
+        Params aligned;
+        std::memcpy((void*)&aligned, params, sizeof aligned);
+        own.body = [&] { kernel(aligned); };
         block = &own;
         for (unsigned n; (n = next++) < grid;) run_block(n);
     };
