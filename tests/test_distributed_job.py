@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_cases import run_trainer
+from distributed_model_cases import run_trainer
 from test_distributed_model import packs, small
 
 from attnlab.distributed.checkpoint import list_sharded

@@ -9,14 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed_cases import (
-    LASP_MUTATIONS,
-    PACKS,
-    plans,
-    run_lasp,
-    run_traced_lasp,
-    simulated_weights,
-)
+from distributed_cases import PACKS, plans, run_lasp, run_traced_lasp, simulated_weights
+from distributed_mutations import LASP_MUTATIONS
 
 from attnlab import registry
 from attnlab.distributed.comm import Group

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed_cases import (
+from distributed_model_cases import (
     EPSILON,
-    MODEL_MUTATIONS,
     run_logits,
     run_recomputed,
     run_resumed,
     run_training,
     run_wrong_resume,
 )
+from distributed_mutations import MODEL_MUTATIONS
 
 from attnlab.distributed.checkpoint import list_sharded
 from attnlab.distributed.pack import PackPlan

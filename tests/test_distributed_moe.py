@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed_cases import MOE_MUTATIONS, run_clock, run_moe
+from distributed_cases import run_clock, run_moe
+from distributed_mutations import MOE_MUTATIONS
 from distributed_world import RankFailed
 
 from attnlab.distributed.comm import Group

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from distributed_cases import PACKS, RING_MUTATIONS, plans, run_ring
+from distributed_cases import PACKS, plans, run_ring
+from distributed_mutations import RING_MUTATIONS
 
 from attnlab.distributed.blocks import KernelBlock, TorchBlock, merge
 from attnlab.distributed.comm import Group
