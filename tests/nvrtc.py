@@ -64,12 +64,17 @@ def destroyProgram(program):
     _call("DestroyProgram", ctypes.byref(program))
 
 
-def compiled(instance: Instance, architecture: str) -> bytes:
-    """Machine code of an instance, as the backend would make it."""
-    import sys
-
-    options = (*module.OPTIONS, f"--gpu-architecture={architecture}")
-    return module.compile_source(sys.modules[__name__], instance.source(), options, instance.name)
+def compiled(instance: Instance, architecture: str) -> tuple[bytes, str]:
+    """Machine code of an instance, as the backend would make it, and the compiler's words."""
+    program = createProgram(instance.source(), instance.name, (), ())
+    options = (*module.OPTIONS, f"--gpu-architecture={architecture}", "--ptxas-options=-v")
+    try:
+        compileProgram(program, options)
+    except NVRTCError as error:
+        raise NVRTCError(f"{error}: {getProgramLog(program)}") from error
+    code, log = getCUBIN(program), getProgramLog(program)
+    destroyProgram(program)
+    return code, log
 
 
 def resources(code: bytes, folder: Path) -> dict[str, int]:
