@@ -72,7 +72,7 @@ def test_linear_versus_softmax_shows_the_sample_from_its_own_folder():
 
 def test_retrieval_decay_shows_the_sample_from_its_own_folder():
     notebook = run("03_retrieval_decay", FOLDER, RUN="results/sample-recall")
-    assert len(pictures(notebook)) == 7
+    assert len(pictures(notebook)) == 8
     text = nbformat.writes(notebook)
     assert "is predicted within a factor of" in text and "hybrid-3to1 finds 90 % or more" in text
 
