@@ -480,6 +480,8 @@ def compile_tables(capability):
         experts.gated_silu_backward(experts.gated_silu(rows), rows)
         summed = experts.weighted_sum(rows, slots, None), experts.weighted_sum(rows, slots, weights)
         experts.weighted_sum_backward(summed[1], rows, slots, weights)
+        matrices = torch.empty(3, 2 * dim, dim, dtype=dtype), torch.empty(3, dim, dim, dtype=dtype)
+        experts.few_experts(rows[:2], slots[:2], weights, *matrices)
         return list(kernels)
 
     compile_all(table, compiled)
