@@ -48,7 +48,9 @@ def verdict_beside(
         for x in (actual, plain)
     )
     middle = found.median().item()
-    return Verdict(Accuracy(middle / (2 * allowed.median().item()), middle, found.max().item()), name)
+    return Verdict(
+        Accuracy(middle / (2 * allowed.median().item()), middle, found.max().item()), name
+    )
 
 
 def judge_logits(actual: Tensor, expected: Tensor, dtype: str) -> Verdict:

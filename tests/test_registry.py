@@ -64,7 +64,8 @@ def test_a_peer_is_never_chosen_without_its_name(monkeypatch):
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"expected a backend among triton, cuda, torch, reference, .*got 'cutlass'"
+        ValueError,
+        match=r"expected a backend among triton, cuda, torch, reference, .*got 'cutlass'",
     ):
         registry.check_backend_name("cutlass")
     with pytest.raises(

@@ -476,7 +476,11 @@ def compile_tables(capability):
         lightning.backward(q, k, v, g, schedule, do, state, grad_initial_state=state, **flags)
         step = [x[:, :, :1] for x in (q, k, v)]
         lightning_decode.decode_(*step, g, state, slots=units[:1, 0])
-        rows, slots, weights = q[0, 0], torch.zeros(num_tokens // 2, 2, dtype=torch.int64), k.float()
+        rows, slots, weights = (
+            q[0, 0],
+            torch.zeros(num_tokens // 2, 2, dtype=torch.int64),
+            k.float(),
+        )
         experts.gated_silu_backward(experts.gated_silu(rows), rows)
         summed = experts.weighted_sum(rows, slots, None), experts.weighted_sum(rows, slots, weights)
         experts.weighted_sum_backward(summed[1], rows, slots, weights)
