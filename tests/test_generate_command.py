@@ -186,7 +186,7 @@ def test_what_attnlab_train_leaves_is_continued(tmp_path, capsys):
     ],
 )
 def test_the_command_refuses_bad_input_in_a_sentence(folder, capsys, change, code, message):
-    assert cli.main(["generate", str(folder), "--prompt", "x", "--device", "cpu", *change]) == code
+    assert cli.main(["generate", str(folder), "--prompt", "xy", "--device", "cpu", *change]) == code
     error = capsys.readouterr().err
     assert error.startswith("attnlab generate: error: ") and message in error
 

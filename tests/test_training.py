@@ -219,7 +219,8 @@ def test_a_log_opened_again_loses_what_comes_after_the_step(tmp_path):
 
 
 def test_the_first_signal_waits_and_the_second_interrupts():
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler  # a shell's background jobs start with it ignored
+    signal.signal(signal.SIGINT, before)
     with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
         assert not stop.caught
         os.kill(os.getpid(), signal.SIGINT)
