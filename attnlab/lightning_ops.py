@@ -3,8 +3,8 @@
 Legend: B batch, H heads, T tokens, K key dim, V value dim, N documents.
 
 `LightningOps` is what backends "triton" and "cuda" share: the layouts that kernels take, plans, fakes
-for compilers, and which gradient goes where. A package of kernels offers the functions of
-`kernels_triton.lightning`, which describes them.
+for compilers, and which gradient goes where. `attnlab.lightning_scans` says which scans of a package
+of kernels a call is made of.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnlab import lightning_scans
 from attnlab.checks import values_of
 from attnlab.custom_op import CustomOp
 from attnlab.schedules import MAX_REMEMBERED, Call, schedule_of
@@ -140,12 +141,13 @@ class LightningOps:
         may_read: bool,
     ) -> tuple[Tensor, Tensor]:
         """Output, and final states (empty unless asked for)."""
-        query, key, value = (_contiguous_last(x) for x in (query, key, value))
+        output = lightning_scans.empty_output(query, value)
+        query, key, value = map(self._kernels.aligned, (query, key, value))
         tile = self._tile_of(key, value, precision)
         schedule = schedule_of(Call(key, value, log_decay, cu_seqlens, tile, may_read))
         state = _empty_state(key, value, cu_seqlens, return_final_state)
-        output = self._kernels.forward(
-            query, key, value, _decay_of(log_decay, key), schedule,
+        lightning_scans.forward(
+            self._kernels, query, key, value, _decay_of(log_decay, key), schedule, tile, output,
             scale=scale,
             initial_state=None if initial_state is None else initial_state.float().contiguous(),
             final_state=state if return_final_state else None,
@@ -166,7 +168,7 @@ class LightningOps:
         precision: str,
         may_read: bool,
     ) -> tuple[Tensor, Tensor]:
-        output = self._kernels.empty_output(query, value)
+        output = lightning_scans.empty_output(query, value)
         return output, _empty_state(key, value, cu_seqlens, return_final_state)
 
     def _differentiate(
@@ -185,13 +187,13 @@ class LightningOps:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of query, key, value and initial state (empty without one)."""
         tensors = query, key, value, grad_output
-        query, key, value, grad_output = (_contiguous_last(x) for x in tensors)
-        num_scans = self._kernels.scans_of_backward(key.shape[3], value.shape[3])
+        query, key, value, grad_output = map(self._kernels.aligned, tensors)
+        num_scans = lightning_scans.scans_of_backward(key.shape[3], value.shape[3])
         tile = self._tile_of(key, value, precision, backward=True)
         schedule = schedule_of(Call(key, value, log_decay, cu_seqlens, tile, may_read, num_scans))
         grad_state = _empty_state(key, value, cu_seqlens, initial_state is not None)
-        grads = self._kernels.backward(
-            query, key, value, _decay_of(log_decay, key), schedule, grad_output,
+        grads = lightning_scans.backward(
+            self._kernels, query, key, value, _decay_of(log_decay, key), schedule, tile, grad_output,
             None if grad_final_state is None else grad_final_state.contiguous(),
             scale=scale,
             initial_state=None if initial_state is None else initial_state.float().contiguous(),
@@ -241,14 +243,15 @@ class LightningOps:
         initial_state: Tensor | None,
         may_read: bool,
     ) -> Tensor:
-        key, value = _contiguous_last(key), _contiguous_last(value)
+        key, value = map(self._kernels.aligned, (key, value))
         tile = self._tile_of(key, value, "default")
         call = Call(key, value, log_decay, None, tile, may_read, states_only=True)
         schedule = schedule_of(call)
         initial = None if initial_state is None else initial_state.float().contiguous()
-        return self._kernels.final_states(
-            key, value, _decay_of(log_decay, key), schedule, initial_state=initial
-        )
+        return lightning_scans.final_states(
+            self._kernels, key, value, _decay_of(log_decay, key), schedule, tile,
+            initial_state=initial,
+        )  # fmt: skip
 
     def _fake_sum_up(
         self,

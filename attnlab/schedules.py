@@ -36,7 +36,7 @@ class Tile(Protocol):
 
 
 class Schedule(NamedTuple):
-    """Tables int32 of work units on a device, as `kernels_triton.lightning` and others read them."""
+    """Tables int32 of work units on a device, as `launch_scans` and `launch_prefix` of kernels read them."""
 
     units: Tensor  # [U, 9]
     heads_per_row: int

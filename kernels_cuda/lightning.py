@@ -1,144 +1,186 @@
-"""Lightning attention on a GPU: forward, backward and final states, from planned tables of work.
+"""Scans of lightning attention on a GPU: what is launched with which tables, operands and tiles.
 
-`src/scan.cu` holds the equations and `launch` what starts them. Tensors are `[B, H, T, D]` with a
-contiguous last dimension, log_decay `[H]` float32, all on one device; states
-`[B or documents, H, K, V]` float32, contiguous.
+Legend: B batch, H heads, T tokens, K key dim, V value dim, D either; U work units, N chains.
+
+`src/scan.cu` holds the equations. Tensors are `[B, H, T, D]` with a contiguous last dimension,
+log_decay `[H]` float32, all on one device; states `[B or documents, H, K, V]` float32, contiguous.
 """
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from kernels_cuda.launch import (
-    Scan,
-    Schedule,
-    States,
-    aligned,
-    entering_states,
-    hopper_kernels,
-    launch_scans,
-    tile_of,
-    why_not,
+from kernels_cuda import module, tiles
+from kernels_cuda.module import Instance
+from kernels_cuda.tensor_map import MAP_BYTES
+from kernels_cuda.tiles import Tile
+
+ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+ALIGNMENT = 16  # bytes: what a copy of the kernels takes
+
+
+Scan = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Operands a, b, c `[B, H, T, D]` of one scan and where its result goes, all as `aligned` gives them."""
+
+States = tuple[Tensor | None, Tensor | None]
+"""States `[rows, K, V]` float32 that the scans of one direction in time start from: those of the
+sequences, and those of a workspace."""
+
+NO_STATES: States = (None, None)
+
+
+# Structs that kernels take, as in src/work.cuh and src/prefix.cu.
+_SCAN_PARAMS = struct.Struct(
+    "48q"  # address and three strides of a, b, c, out of three scans
+    "2q"  # units, log_decay
+    "4q"  # initial states and workspace of scans forward, and backward in time
+    "q"  # final_states
+    "f7i"  # scale, then counts in their order
 )
-
-__all__ = [
-    "backward",
-    "empty_output",
-    "final_states",
-    "forward",
-    "hopper_kernels",
-    "scans_of_backward",
-    "tile_of",
-    "why_not",
-]
+_NO_SCAN = (0,) * 16
+_MAPS_BYTES = 3 * 4 * MAP_BYTES
+_PADDING = bytes(-_SCAN_PARAMS.size % 64)  # a struct that holds maps is aligned to 64 bytes
+_PREFIX_PARAMS = struct.Struct("4q2i")
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    schedule: Schedule,
+PREFIX = Instance(name="prefix", arguments="256", num_threads=256)
+
+
+_hopper = False
+
+
+@contextmanager
+def hopper_kernels() -> Iterator[None]:
+    """Let calls inside the block use `src/hopper_scan.cu` where it can run, which is not the default."""
+    global _hopper
+    before, _hopper = _hopper, True
+    try:
+        yield
+    finally:
+        _hopper = before
+
+
+def tile_of(
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
     *,
+    backward: bool = False,
+) -> Tile:
+    """Tile of the scans of a call, the same for all of them so that they share a schedule."""
+    kind = "high" if precision == "high" else "backward" if backward else "forward"
+    dims = max(key_dim, value_dim), min(key_dim, value_dim)
+    return _tile_of(*dims, device, kind, _hopper)
+
+
+@cache
+def _tile_of(large: int, small: int, device: torch.device, kind: str, hopper: bool) -> Tile:
+    capability = module.loader.capability(device)
+    special = tiles.hopper_tile(large, small, kind) if hopper and capability[0] == 9 else None
+    return special or tiles.scan_tile(large, capability)
+
+
+@cache
+def instance_of(b_dim: int, dtype: torch.dtype, tile: Tile, precision: str) -> Instance:
+    """The kernel that runs scans with `b_dim` columns of b."""
+    make = tiles.hopper_instance if tile.consumers else tiles.scan_instance
+    return make(ELEMENTS[dtype], b_dim, tile, precision == "high")
+
+
+def why_not(
+    key_dim: int, value_dim: int, dtype: torch.dtype, device_type: str, precision: str
+) -> str | None:
+    """Why the kernels of a call can't be had (its dims and dtype being right), None if they can."""
+    device = module.current_device(device_type)
+    tile = tile_of(key_dim, value_dim, dtype, device, precision)
+    instances = [instance_of(dim, dtype, tile, precision) for dim in {key_dim, value_dim}]
+    limit = tiles.shared_kib(module.loader.capability(device)) << 10
+    needed = max(instance.shared_bytes for instance in instances)
+    if needed > limit:
+        return f"needs {needed} bytes of shared memory a block, and a GPU like this one has {limit}"
+    return module.why_not_compiled([*instances, PREFIX], device)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy where its rows don't lie at different multiples of 16 bytes."""
+    s_b, s_h, s_t, s_d = x.stride()
+    together = x.data_ptr() | (s_b | s_h | s_t) * x.itemsize
+    if together % ALIGNMENT == 0 and s_b > 0 and s_h > 0 and s_t > 0 and s_d == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def launch_scans(
+    scans: list[Scan],
+    units: Tensor,
+    heads_per_row: int,
+    log_decay: Tensor,
+    tile: Tile,
+    *,
+    num_back: int = 0,
+    num_key: int = 0,
+    forward_states: States = NO_STATES,
+    back_states: States = NO_STATES,
+    final: Tensor | None = None,
+    first_kept: int = 0,
     scale: float = 1.0,
-    initial_state: Tensor | None = None,
-    final_state: Tensor | None = None,
     precision: str = "default",
-) -> Tensor:
-    """Output `[B, H, T, V]`; the states after the last tokens go to `final_state`, if given."""
-    tile = tile_of(key.shape[3], value.shape[3], key.dtype, key.device, precision)
-    scan = Scan(query, key, value, empty_output(query, value))
-    flags = {"scale": scale, "precision": precision}
-    workspace = entering_states(scan, log_decay, schedule, tile, initial_state, back=False, **flags)
-    launch_scans(
-        [scan], schedule.units, schedule.heads_per_row, log_decay, tile,
-        forward_states=States(initial_state, workspace), final=final_state, **flags,
-    )  # fmt: skip
-    return scan.out
+    output: bool = True,
+) -> None:
+    """Run up to three scans of the same shape in one grid.
 
-
-def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """`[B, H, T, V]`, tokens before heads in memory where the queries have them so.
-
-    A model that splits `[B, T, H K]` into heads can put them together again without a copy.
+    `units` `[U, 9]` int32 are rows of `Unit` (src/work.cuh), the longest first; with
+    `heads_per_row` > 1 a row stands for that many heads, its state rows being those of the first.
+    The last `num_back` run backward in time; the first `num_key` have keys (or gradients of keys)
+    as c. Scans from `first_kept` on leave their last states in `final`. Without `output` only
+    states are computed, and a and out are not touched.
     """
-    batch, heads, num_tokens, _ = query.shape
-    if query.stride(2) > query.stride(1):
-        return query.new_empty(batch, num_tokens, heads, value.shape[3]).transpose(1, 2)
-    return query.new_empty(batch, heads, num_tokens, value.shape[3])
+    _, b, c, _ = scans[0]
+    operands = [n for scan in scans for x in scan for n in (x.data_ptr(), *x.stride()[:3])]
+    states = *forward_states, *back_states, final
+    params = _SCAN_PARAMS.pack(
+        *operands,
+        *_NO_SCAN * (3 - len(scans)),
+        units.data_ptr(),
+        log_decay.data_ptr(),
+        *map(_pointer, states),
+        scale,
+        len(scans),
+        len(scans) - num_back,
+        num_key,
+        first_kept,
+        heads_per_row,
+        c.shape[3],
+        output,
+    )
+    if tile.consumers:
+        maps = b"".join(module.loader.tensor_map(x) for scan in scans for x in scan)
+        params = maps.ljust(_MAPS_BYTES, b"\0") + params + _PADDING
+    grid = units.shape[0] * heads_per_row * len(scans) * (c.shape[3] // tile.width)
+    instance = instance_of(b.shape[3], b.dtype, tile, precision)
+    module.kernel(instance, b.device)(grid, params, b.device)
 
 
-def scans_of_backward(key_dim: int, value_dim: int) -> int:
-    """Scans of a backward that share a grid: all three, or those of dq and dk where K is not V."""
-    return 3 if key_dim == value_dim else 2
+def launch_prefix(
+    states: Tensor, chains: Tensor, log_decay: Tensor, initial: Tensor | None, tile: Tile
+) -> None:
+    """Make of what segments add to the states `[rows, K V]` the states that enter them, in place.
 
-
-def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    schedule: Schedule,
-    grad_output: Tensor,
-    grad_final_state: Tensor | None,
-    *,
-    scale: float = 1.0,
-    initial_state: Tensor | None = None,
-    grad_initial_state: Tensor | None = None,
-    precision: str = "default",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; that of the initial state goes to `grad_initial_state`.
-
-    The gradients are contiguous. Deterministic: no atomics.
+    A row of `chains` `[N, 5]` int32: head, row of the initial states, first workspace row, number
+    of workspace rows, chunks a row.
     """
-    dims = key.shape[3], value.shape[3]
-    tile = tile_of(*dims, key.dtype, key.device, precision, backward=True)
-    query, key, value, grad_output = (aligned(x) for x in (query, key, value, grad_output))
-    contiguous = torch.contiguous_format
-    dq, dk, dv = (torch.empty_like(x, memory_format=contiguous) for x in (query, key, value))
-    scan_dq = Scan(grad_output, value, key, dq)
-    scan_dk = Scan(value, grad_output, query, dk)
-    scan_dv = Scan(key, query, grad_output, dv)
-    flags = {"scale": scale, "precision": precision}
-    forward_workspace, back_workspace = (
-        entering_states(scan, log_decay, schedule, tile, initial, back=back, **flags)
-        for scan, initial, back in (
-            (Scan(query, key, value, value), initial_state, False),
-            (scan_dv, grad_final_state, True),
-        )
-    )
-    states = {
-        "forward_states": States(initial_state, forward_workspace),
-        "back_states": States(grad_final_state, back_workspace),
-        "final": grad_initial_state,
-    }
-    args = schedule.units, schedule.heads_per_row, log_decay, tile
-    if scans_of_backward(*dims) == 3:
-        scans = [scan_dq, scan_dk, scan_dv]
-        launch_scans(scans, *args, num_back=2, num_key=2, first_kept=2, **states, **flags)
-    else:
-        scans = [scan_dq, scan_dk]
-        launch_scans(scans, *args, num_back=1, num_key=2, first_kept=2, **states, **flags)
-        launch_scans([scan_dv], *args, num_back=1, **states, **flags)
-    return dq, dk, dv
-
-
-def final_states(
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    schedule: Schedule,
-    *,
-    initial_state: Tensor | None = None,
-) -> Tensor:
-    """States `[B, H, K, V]` float32 after the last tokens, without the outputs."""
-    tile = tile_of(key.shape[3], value.shape[3], key.dtype, key.device, "default")
-    states = log_decay.new_empty(*key.shape[:2], key.shape[3], value.shape[3])
-    scan = Scan(key, key, value, value)  # of which a and out are not touched
-    workspace = entering_states(
-        scan, log_decay, schedule, tile, initial_state, back=False, scale=1.0, precision="default"
-    )
-    launch_scans(
-        [scan], schedule.units, schedule.heads_per_row, log_decay, tile,
-        forward_states=States(initial_state, workspace), final=states, output=False,
-    )  # fmt: skip
-    return states
+    size = states.shape[1]
+    pointers = map(_pointer, (states, chains, log_decay, initial))
+    params = _PREFIX_PARAMS.pack(*pointers, size, tile.chunk)
+    grid = chains.shape[0] * (size // PREFIX.num_threads)
+    module.kernel(PREFIX, states.device)(grid, params, states.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels_cuda import module
-from kernels_cuda.launch import ELEMENTS
+from kernels_cuda.lightning import ELEMENTS
 from kernels_cuda.module import Instance
 
 NUM_THREADS = 256

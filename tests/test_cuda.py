@@ -19,7 +19,7 @@ import attnlab
 from attnlab import cli, registry, schedules, segments, testing
 from attnlab.problem import Problem
 from attnlab.testing import assert_as_accurate
-from kernels_cuda import launch, lightning, module, tensor_map, tiles
+from kernels_cuda import lightning, module, tensor_map, tiles
 from tests.cuda_on_host import HostLoader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 
 def forget():
     """Drop all that is remembered of kernels, tiles and plans."""
-    for remembered in (module.kernel, launch._tile_of, launch.instance_of):
+    for remembered in (module.kernel, lightning._tile_of, lightning.instance_of):
         remembered.cache_clear()
     module._failures.clear()
     schedules._schedules.clear()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels_cuda import launch, lightning_decode, module, tiles
+from kernels_cuda import lightning, lightning_decode, module, tiles
 from tests import nvrtc
 
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0)}
@@ -23,23 +23,23 @@ REGISTERS_OF_SM = 65536
 def instances(capability):
     """All that the backend can ask for on a GPU, by what it is for."""
     for dtype, split, dims in itertools.product(
-        launch.ELEMENTS, ("default", "high"), itertools.product(tiles.DIMS, repeat=2)
+        lightning.ELEMENTS, ("default", "high"), itertools.product(tiles.DIMS, repeat=2)
     ):
         tile = tiles.scan_tile(max(dims), capability)
-        yield launch.instance_of(dims[0], dtype, tile, split), tile
+        yield lightning.instance_of(dims[0], dtype, tile, split), tile
     for dtype, dims, vector in itertools.product(
-        launch.ELEMENTS, itertools.product(tiles.DIMS, repeat=2), (1, 4)
+        lightning.ELEMENTS, itertools.product(tiles.DIMS, repeat=2), (1, 4)
     ):
         yield lightning_decode.instance_of(*dims, dtype, vector), None
-    yield launch.PREFIX, None
+    yield lightning.PREFIX, None
     if capability[0] == 9:
         for dtype, ((dim, kind), tile) in itertools.product(
-            launch.ELEMENTS, tiles.HOPPER_SCAN.items()
+            lightning.ELEMENTS, tiles.HOPPER_SCAN.items()
         ):
             precision = "high" if kind == "high" else "default"
-            yield launch.instance_of(dim, dtype, tile, precision), tile
+            yield lightning.instance_of(dim, dtype, tile, precision), tile
             if kind == "forward":  # serves unequal head dims too
-                yield launch.instance_of(64, dtype, tile, precision), tile
+                yield lightning.instance_of(64, dtype, tile, precision), tile
 
 
 def rows(architecture, folder):
@@ -84,7 +84,7 @@ def test_a_spill_would_be_seen(tmp_path):
 
 
 def test_a_failed_compilation_shows_the_compilers_words_with_file_and_line():
-    instance = launch.instance_of(64, torch.bfloat16, tiles.scan_tile(64, (9, 0)), "default")
+    instance = lightning.instance_of(64, torch.bfloat16, tiles.scan_tile(64, (9, 0)), "default")
     broken = instance.source().replace("float state[", "floot state[")
     with pytest.raises(module.KernelError, match=r'scan\.cu\(\d+\): error: .*"floot"'):
         module.compile_source(nvrtc, broken, ("--gpu-architecture=sm_90a",), "scan")
@@ -96,11 +96,11 @@ def test_code_is_compiled_once_and_found_on_disk_afterwards(monkeypatch, tmp_pat
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     monkeypatch.setattr(module, "CACHE", tmp_path / "cubins")
-    compiled = module.cubin(launch.PREFIX, "sm_80")
+    compiled = module.cubin(lightning.PREFIX, "sm_80")
     monkeypatch.setattr(module, "compile_source", None)  # any further compilation fails
-    assert module.cubin(launch.PREFIX, "sm_80") == compiled
+    assert module.cubin(lightning.PREFIX, "sm_80") == compiled
     with pytest.raises(TypeError):
-        module.cubin(launch.PREFIX, "sm_90a")
+        module.cubin(lightning.PREFIX, "sm_90a")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ LAYERS = [
     ["problem", "decay"],
     ["reference", "checks", "segments", "planner"],
     ["registry", "schedules", "custom_op"],
+    ["lightning_scans"],
     ["lightning_ops"],
     ["chunked", "sdpa", "fla", "triton_backend", "cuda_backend", "triton_softmax"],
     ["backends"],

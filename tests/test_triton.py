@@ -449,6 +449,8 @@ def compile_tables(capability):
     import triton
     from triton.runtime.jit import JITFunction
 
+    from attnlab import lightning_scans
+    from attnlab.schedules import Schedule
     from kernels_triton import experts, lightning, lightning_decode, tiles
     from kernels_triton.lightning import launch
 
@@ -469,11 +471,16 @@ def compile_tables(capability):
         g, state = torch.zeros(2), torch.zeros(1, 2, dim, dim)
         units = torch.zeros(2, 9, dtype=torch.int32)
         chains = torch.zeros(1, 5, dtype=torch.int32)
-        schedule = lightning.Schedule(units, 1, units, chains, 2)
+        schedule = Schedule(units, 1, units, chains, 2)
         precision = "high" if kind == "high" else "default"
         flags = {"initial_state": state, "precision": precision}
-        lightning.forward(q, k, v, g, schedule, final_state=state, **flags)
-        lightning.backward(q, k, v, g, schedule, do, state, grad_initial_state=state, **flags)
+        kind_of = dim, dim, dtype, q.device, precision
+        prepared = q, k, v, g, schedule, lightning.tile_of(*kind_of)
+        lightning_scans.forward(
+            lightning, *prepared, torch.empty_like(v), final_state=state, **flags
+        )
+        prepared = *prepared[:-1], lightning.tile_of(*kind_of, backward=True)
+        lightning_scans.backward(lightning, *prepared, do, state, grad_initial_state=state, **flags)
         step = [x[:, :, :1] for x in (q, k, v)]
         lightning_decode.decode_(*step, g, state, slots=units[:1, 0])
         rows, slots, weights = (

@@ -4,7 +4,6 @@ Legend: B batch, H heads, T tokens, K key dim, V value dim, D either; U work uni
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,43 +17,14 @@ from kernels_triton.lightning.scan import INTERPRETED, prefix_kernel, scan_kerne
 from kernels_triton.lightning.warp_scan import warp_scan_kernel
 from kernels_triton.tiles import Tile, padded, scan_tile, warp_tile
 
+Scan = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Operands a, b, c `[B, H, T, D]` of one scan and where its result goes, `[B, H, T, D]`."""
 
-class Schedule(NamedTuple):
-    """Work units on the device, int32, and what they share; the longest come first.
+States = tuple[Tensor | None, Tensor | None]
+"""States `[rows, K, V]` float32 that the scans of one direction in time start from: those of the
+sequences, and those of a workspace."""
 
-    A row of `units` or `state_units` `[U, 9]`: batch, head, first token, end, warm chunks, tokens
-    after those, row of the initial states (-1: zero), row of the workspace (-1: zero), row of the
-    final states (-1: not kept). A scan forward in time reads from the first token up, one backward
-    in time from the end down. With `heads_per_row` > 1 a row stands for that many heads, and its
-    state rows are those of the first. `state_units` are the first pass: their final states go to
-    the workspace. A row of `chains` `[N, 5]`: head, row of the initial states, first workspace row,
-    number of workspace rows, chunks a row.
-    """
-
-    units: Tensor
-    heads_per_row: int
-    state_units: Tensor | None = None
-    chains: Tensor | None = None
-    num_workspace_rows: int = 0
-
-
-class Scan(NamedTuple):
-    """Operands `[B, H, T, D]` of one scan and where its result goes, `[B, H, T, D]` contiguous."""
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    out: Tensor
-
-
-class States(NamedTuple):
-    """States `[rows, K, V]` float32 that the scans of one direction in time start from."""
-
-    initial: Tensor | None = None
-    workspace: Tensor | None = None
-
-
-NO_STATES = States()
+NO_STATES: States = (None, None)
 _launch_scan, _launch_warp_scan = Launcher(scan_kernel), Launcher(warp_scan_kernel)
 _launch_prefix = Launcher(prefix_kernel)
 
@@ -102,6 +72,11 @@ def _fits_tma(x: Tensor) -> bool:
             return False
     together = x.data_ptr() | (s_b | s_h | s_t) * x.itemsize
     return together % 16 == 0 and s_b > 0 and s_h > 0 and s_t > 0 and s_d == 1
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor as kernels take it: itself, or a copy where its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @cache
@@ -157,6 +132,12 @@ def launch_scans(
 ) -> None:
     """Run up to three scans of the same shape in one grid.
 
+    A row of `units` `[U, 9]` int32, the longest first: batch, head, first token, end, warm chunks,
+    tokens after those, row of the initial states (-1: zero), row of the workspace (-1: zero), row
+    of the final states (-1: not kept). A scan forward in time reads from the first token up, one
+    backward in time from the end down. With `heads_per_row` > 1 a row stands for that many heads,
+    and its state rows are those of the first.
+
     The last `num_back` run backward in time; the first `num_key` have keys (or gradients of keys)
     as c. Scans from `first_kept` on leave their last states in `final`. Without `output` only
     states are computed, and a and out are not touched.
@@ -206,32 +187,20 @@ def _operands(scan: Scan, tile: Tile, block_b: int, width: int, tma: bool) -> li
         taken = [_swizzled_operand(x, tile.chunk, n) for x, n in zip(scan, cols, strict=True)]
     else:
         taken = [_operand(x, tile, n, tma) for x, n in zip(scan, cols, strict=True)]
-    return [*taken, scan.out]
+    return [*taken, scan[3]]
 
 
-def entering_states(
-    scan: Scan,
-    log_decay: Tensor,
-    schedule: Schedule,
-    tile: Tile,
-    initial: Tensor | None,
-    *,
-    back: bool,
-    scale: float,
-    precision: str,
-) -> Tensor | None:
-    """First of two passes: states `[rows, K, V]` that enter the segments, None where unneeded."""
-    if schedule.state_units is None or schedule.chains is None:
-        return None
-    size = scan.b.shape[3] * scan.c.shape[3]
-    states = log_decay.new_empty(schedule.num_workspace_rows, size)
-    launch_scans(
-        [scan], schedule.state_units, 1, log_decay, tile,
-        num_back=int(back), final=states, scale=scale, precision=precision, output=False,
-    )  # fmt: skip
+def launch_prefix(
+    states: Tensor, chains: Tensor, log_decay: Tensor, initial: Tensor | None, tile: Tile
+) -> None:
+    """Make of what segments add to the states `[rows, K V]` the states that enter them, in place.
+
+    A row of `chains` `[N, 5]` int32: head, row of the initial states, first workspace row, number
+    of workspace rows, chunks a row.
+    """
+    size = states.shape[1]
     block = min(1024, triton.next_power_of_2(size))
-    arguments = states, schedule.chains, log_decay, initial
+    arguments = states, chains, log_decay, initial
     constants = {"SIZE": size, "BLOCK": block, "C": tile.chunk}
-    grid = schedule.chains.shape[0], triton.cdiv(size, block), 1
+    grid = chains.shape[0], triton.cdiv(size, block), 1
     _launch_prefix(grid, arguments, constants, kind_of(states.device, *arguments))
-    return states
