@@ -264,17 +264,17 @@ def _attend(
         merged: tuple[Tensor, Tensor] | None = None
         for queries, keys, causal in parts:
             tensors = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-            new = _grouped_forward(*tensors, causal, scale, kernel)
+            new = part_forward(*tensors, causal, scale, kernel)
             merged = new if merged is None else _merge(*merged, *new)
         if merged is not None:
             output[:, :, parts[0][0]], lse[:, :, parts[0][0]] = merged
     return output, lse
 
 
-def _grouped_forward(
+def part_forward(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    """`_kernel_forward` of groups of query heads that share a key head.
+    """Output and logsumexp of a square causal or a non-causal part; groups of heads share a key head.
 
     A group's queries see the same keys if nothing is causal: they are rows of one head then.
     """
@@ -335,7 +335,7 @@ def _differentiate(
             do, q, o, total = (x[:, :, queries] for x in (grad_output, query, output, lse))
             dl = None if grad_lse is None else grad_lse[:, :, queries]
             k, v = key[:, :, keys], value[:, :, keys]
-            dq, dk, dv = _kernel_backward(do, dl, q, k, v, o, total, causal, scale, kernel)
+            dq, dk, dv = part_backward(do, dl, q, k, v, o, total, causal, scale, kernel)
             grad_query[:, :, queries] += dq
             grad_key[:, :, keys] = dk
             grad_value[:, :, keys] = dv
@@ -418,7 +418,7 @@ def _kernel_forward(
     return output[..., : value.shape[3]], lse.view(query.shape[:3])
 
 
-def _kernel_backward(
+def part_backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,

@@ -40,6 +40,15 @@ def plans(name: str, size: int) -> dict[str, PackPlan]:
     return found
 
 
+def worst(
+    plan: PackPlan, rank: int, parts: list[torch.Tensor], expected: list[torch.Tensor]
+) -> float:
+    """Largest error of a rank's output and gradients, which includes its first and last tokens."""
+    wanted = [plan.shard(x, rank, 2) for x in expected]
+    errors = [(a - b).abs().max().item() for a, b in zip(parts, wanted, strict=True) if a.numel()]
+    return max(errors, default=0.0)
+
+
 def simulated_weights(plan, log_decay):
     """Weights by brute force: mark each chunk's state, decay it token by token, drop it at bounds."""
     size = plan.num_chunks

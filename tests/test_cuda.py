@@ -21,6 +21,7 @@ from attnlab.problem import Problem
 from attnlab.testing import assert_as_accurate
 from kernels_cuda import lightning, module, tensor_map, tiles
 from tests.cuda_on_host import HostLoader
+from tests.lightning_cases import MODES, assert_right, inputs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
@@ -78,40 +79,12 @@ def test_the_registrys_matrix_passes_on_the_host(flags):
     assert " passed" in result.stdout
 
 
-def inputs_of(device, *, B=1, H=3, T=200, dims=(64, 64), dtype=torch.bfloat16, documents=1):
-    problem = Problem(
-        op="lightning_attention",
-        batch=B,
-        heads=H,
-        kv_heads=H,
-        q_len=T,
-        kv_len=T,
-        key_dim=dims[0],
-        value_dim=dims[1],
-        dtype=dtype,
-        device=device,
-        num_documents=documents,
-    )
-    return testing.make_inputs(problem)
-
-
-def assert_right(inputs, **flags):
-    actual = testing.run_lightning(inputs, scale=0.5, backend="cuda", **flags)
-    oracle = testing.lightning_oracle(inputs, scale=0.5)
-    baseline = testing.lightning_baseline(inputs, scale=0.5)
-    found = {n: assert_as_accurate(actual[n], oracle[n], baseline[n], n) for n in oracle}
-    return actual, oracle, found
-
-
-MODES = [("single", None), ("halo", 3), ("two-pass", 3), ("two-pass", 5)]
-
-
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 64)], ids=str)
 @pytest.mark.parametrize(("mode", "segments"), MODES)
 def test_every_mode_is_right(kernels, mode, segments, dims, device):
     inputs = inputs_of(device, B=2, T=333, dims=dims)
     with schedules.forced_plan(mode, segments):
-        assert_right(inputs)
+        assert_right("cuda", inputs)
     made = list(schedules._schedules.values())
     assert len(made) == 2  # forward and backward
     for schedule in made:
@@ -128,7 +101,7 @@ def test_rings_of_every_architecture_are_right_whenever_copies_land(
 ):
     use_loader(monkeypatch, HostLoader(capability, copies_are_eager=eager))
     for dim in tiles.DIMS:
-        assert_right(inputs_of(device, H=2, T=333, dims=(dim, dim), dtype=torch.float16))
+        assert_right("cuda", inputs_of(device, H=2, T=333, dims=(dim, dim), dtype=torch.float16))
 
 
 @pytest.mark.parametrize("mode", ["halo", "two-pass"])
@@ -186,8 +159,8 @@ def test_states_alone_and_their_gradients_are_right(kernels, mode, segments, dev
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_high_precision_leaves_the_rounding_of_the_results(kernels, dtype, dims, device):
     inputs = inputs_of(device, T=333, dims=dims, dtype=dtype)
-    actual, oracle, high = assert_right(inputs, precision="high")
-    _, _, default = assert_right(inputs)
+    actual, oracle, high = assert_right("cuda", inputs, precision="high")
+    _, _, default = assert_right("cuda", inputs)
     for name, wide in oracle.items():
         if "state" in name:
             assert high[name].rms < 2e-6 < default[name].rms
@@ -440,10 +413,10 @@ def test_a_defect_planted_in_the_kernel_is_caught(kernels, defect, monkeypatch, 
     inputs = replace(inputs, log_decay=torch.tensor([-0.03, -0.02, -0.01]))
     own = PORTABLE_DEFECTS if kernels == "portable" else HOPPER_DEFECTS
     with schedules.forced_plan("single"):
-        assert_right(inputs)
+        assert_right("cuda", inputs)
         use_loader(monkeypatch, HostLoader(change=(DEFECTS | own)[defect]))
         with pytest.raises((AssertionError, module.KernelError), match=r"its budget|all threads"):
-            assert_right(inputs)
+            assert_right("cuda", inputs)
 
 
 @on_host
@@ -452,7 +425,7 @@ def test_copies_into_a_stage_that_is_still_read_are_caught(monkeypatch, device):
     inputs = inputs_of(device, T=333)
     use_loader(monkeypatch, HostLoader(copies_are_eager=True, change=change))
     with pytest.raises(AssertionError, match="its budget"):
-        assert_right(inputs)
+        assert_right("cuda", inputs)
 
 
 def halo_too_short(monkeypatch):
@@ -491,7 +464,7 @@ def test_a_defect_planted_in_the_plan_is_caught(mode, defect, monkeypatch, devic
     inputs = replace(inputs, log_decay=torch.tensor([-0.03, -0.02, -0.01], device=device))
     defect(monkeypatch)
     with schedules.forced_plan(mode, 3), pytest.raises(AssertionError, match="its budget"):
-        assert_right(inputs)
+        assert_right("cuda", inputs)
 
 
 @on_host

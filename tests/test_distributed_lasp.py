@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed_cases import PACKS, plans, run_lasp, run_traced_lasp, simulated_weights
+from distributed_cases import PACKS, plans, run_lasp, run_traced_lasp, simulated_weights, worst
 from distributed_mutations import LASP_MUTATIONS
 
 from attnlab import registry
@@ -47,13 +47,6 @@ def oracle(plan, tensors):
     bounds = torch.tensor(plan.cu_seqlens)
     output = lightning_attention_varlen(*leaves, LOG_DECAY, bounds, backend="reference").output
     return output.detach(), *torch.autograd.grad(output, leaves, tensors[3])
-
-
-def worst(plan, rank, parts, expected):
-    """Largest error of a rank's output and gradients, which includes its first and last tokens."""
-    wanted = [plan.shard(x, rank, 2) for x in expected]
-    errors = [(a - b).abs().max().item() for a, b in zip(parts, wanted, strict=True) if a.numel()]
-    return max(errors, default=0.0)
 
 
 def check(world, names, **flags):

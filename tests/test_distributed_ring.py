@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed_cases import PACKS, plans, run_ring
+from distributed_cases import PACKS, plans, run_ring, worst
 from distributed_mutations import RING_MUTATIONS
 
 from attnlab.distributed.blocks import KernelBlock, TorchBlock, merge
@@ -33,13 +33,6 @@ def oracle(plan, tensors):
     flags = {"is_causal": True, "enable_gqa": True, "backend": "reference"}
     output = softmax_attention_varlen(*leaves, bounds, bounds, **flags)
     return output.detach(), *torch.autograd.grad(output, leaves, tensors[3])
-
-
-def worst(plan, rank, parts, expected):
-    """Largest error of a rank's output and gradients, which includes its first and last tokens."""
-    wanted = [plan.shard(x, rank, 2) for x in expected]
-    errors = [(a - b).abs().max().item() for a, b in zip(parts, wanted, strict=True) if a.numel()]
-    return max(errors, default=0.0)
 
 
 def check(world, names, **flags):

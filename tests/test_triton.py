@@ -2,7 +2,7 @@
 
 Kernels run on a GPU, or under Triton's interpreter: `test_everything_here_passes_interpreted` runs
 this file and the registry's matrix once more in a process that interprets. Compiling needs no GPU
-but a process that doesn't interpret: this file, run as a script, compiles the tile table.
+but a process that doesn't interpret: `python -m tests.test_triton 9` compiles the tile table.
 """
 
 import json
@@ -22,6 +22,7 @@ from attnlab import segments, testing
 from attnlab.problem import Problem
 from attnlab.testing import assert_as_accurate
 from kernels_triton import lightning, tiles
+from tests.lightning_cases import MODES, assert_right, inputs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,31 +49,6 @@ def test_everything_here_passes_interpreted():
     assert " passed" in result.stdout
 
 
-def inputs_of(device, *, B=1, H=3, T=200, dims=(64, 64), dtype=torch.bfloat16, documents=1):
-    problem = Problem(
-        op="lightning_attention",
-        batch=B,
-        heads=H,
-        kv_heads=H,
-        q_len=T,
-        kv_len=T,
-        key_dim=dims[0],
-        value_dim=dims[1],
-        dtype=dtype,
-        device=device,
-        num_documents=documents,
-    )
-    return testing.make_inputs(problem)
-
-
-def assert_right(inputs, **flags):
-    actual = testing.run_lightning(inputs, scale=0.5, backend="triton", **flags)
-    oracle = testing.lightning_oracle(inputs, scale=0.5)
-    baseline = testing.lightning_baseline(inputs, scale=0.5)
-    found = {n: assert_as_accurate(actual[n], oracle[n], baseline[n], n) for n in oracle}
-    return actual, oracle, found
-
-
 @pytest.fixture
 def schedules():
     from attnlab import schedules
@@ -88,16 +64,13 @@ def multiprocessors(request, monkeypatch, schedules):
     monkeypatch.setattr(schedules, "num_multiprocessors", lambda device: request.param)
 
 
-MODES = [("single", None), ("halo", 3), ("two-pass", 3), ("two-pass", 5)]
-
-
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("mode", "segments"), MODES)
 def test_every_mode_is_right(schedules, multiprocessors, mode, segments, dtype, device):
     inputs = inputs_of(device, B=2, T=333, dtype=dtype)
     with schedules.forced_plan(mode, segments):
-        assert_right(inputs)
+        assert_right("triton", inputs)
     made = list(schedules._schedules.values())
     assert len(made) == 2  # forward and backward
     for schedule in made:
@@ -145,8 +118,8 @@ def test_states_alone_and_their_gradients_are_right(schedules, mode, segments, d
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_high_precision_leaves_the_rounding_of_the_results(dtype, device):
     inputs = inputs_of(device, T=333, dtype=dtype)
-    actual, oracle, high = assert_right(inputs, precision="high")
-    _, _, default = assert_right(inputs)
+    actual, oracle, high = assert_right("triton", inputs, precision="high")
+    _, _, default = assert_right("triton", inputs)
     for name, wide in oracle.items():
         if "state" in name:
             assert high[name].rms < 2e-6 < default[name].rms
@@ -286,11 +259,11 @@ def test_a_planted_defect_is_caught(schedules, multiprocessors, monkeypatch, mod
     inputs = inputs_of(device, T=333)
     inputs = replace(inputs, log_decay=torch.tensor([-0.03, -0.02, -0.01], device=device))
     with schedules.forced_plan(mode, 3):
-        assert_right(inputs)
+        assert_right("triton", inputs)
         schedules._schedules.clear()
         defect(monkeypatch, schedules)
         with pytest.raises(AssertionError, match="its budget"):
-            assert_right(inputs)
+            assert_right("triton", inputs)
 
 
 LONG_STRIDE = """
@@ -376,7 +349,7 @@ SHARED_BYTES = {9: 227 << 10, 8: 163 << 10}
 @pytest.fixture(scope="module")
 def compiled():
     """Rows that this file prints as a script, for both capabilities at the same time."""
-    command = [sys.executable, "tests/test_triton.py"]
+    command = [sys.executable, "-m", "tests.test_triton"]
     flags = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     running = {

@@ -116,7 +116,7 @@ class TorchBlock:
 
 
 class KernelBlock:
-    """torch's fused kernels, which want as many key heads as query heads."""
+    """torch's fused kernels."""
 
     def __init__(self, kernel: str) -> None:
         """Take "cpu", "flash" or "cudnn"."""
@@ -126,8 +126,7 @@ class KernelBlock:
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `Block`."""
-        wide_k, wide_v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return sdpa._kernel_forward(q, wide_k, wide_v, causal, scale, self.kernel)
+        return sdpa.part_forward(q, k, v, causal, scale, self.kernel)
 
     def backward(
         self,
@@ -143,7 +142,7 @@ class KernelBlock:
         """See `Block`."""
         wide_k, wide_v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         output = o.to(q.dtype)
-        grads = sdpa._kernel_backward(
+        grads = sdpa.part_backward(
             do, None, q, wide_k, wide_v, output, lse, causal, scale, self.kernel
         )
         dq, dk, dv = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in grads)
