@@ -163,15 +163,25 @@ def _heat(axes: Axes, model: str, rows: list[Row], lengths: list[int]):
     return image
 
 
-def make_state_figure(rows: list[Row]) -> Figure | None:
-    """Recall of needles against the bytes that a model keeps, a line a model, a marker a length."""
+def _needles(rows: list[Row]) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Rows of the needle task by the first seed, and those of the main models by model."""
     rows = [r for r in of_suite(rows, "retrieval") if r["task"] == "needle" and not r["seed"]]
-    lines = {m: r for m, r in grouped(rows, lambda r: r["model"]).items() if m in MODELS}
-    if not lines:
-        return None
+    return rows, {m: r for m, r in grouped(rows, lambda r: r["model"]).items() if m in MODELS}
+
+
+def _one_panel() -> tuple[Figure, Axes]:
     figure = Figure((7.5, PANEL[1] + 0.4), dpi=150, layout="constrained")
     axes = figure.subplots()
     share_axis(axes)
+    return figure, axes
+
+
+def make_state_figure(rows: list[Row]) -> Figure | None:
+    """Recall of needles against the bytes that a model keeps, a line a model, a marker a length."""
+    rows, lines = _needles(rows)
+    if not lines:
+        return None
+    figure, axes = _one_panel()
     for number, (model, group) in enumerate(lines.items()):
         by_len = grouped(group, lambda row: row["q_len"])
         ordered = sorted(by_len)
@@ -196,13 +206,10 @@ def make_state_figure(rows: list[Row]) -> Figure | None:
 
 def make_distance_figure(rows: list[Row]) -> Figure | None:
     """Recall of needles by distance, all lengths of a model together, an octave of distances a marker."""
-    rows = [r for r in of_suite(rows, "retrieval") if r["task"] == "needle" and not r["seed"]]
-    lines = {m: r for m, r in grouped(rows, lambda r: r["model"]).items() if m in MODELS}
+    rows, lines = _needles(rows)
     if not lines:
         return None
-    figure = Figure((7.5, PANEL[1] + 0.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    share_axis(axes)
+    figure, axes = _one_panel()
     length_axis(axes, [row["distance"] for row in rows])
     for number, (model, group) in enumerate(lines.items()):
         octaves = grouped(group, lambda row: row["distance"].bit_length())
