@@ -115,12 +115,10 @@ def run_units(
         if sweep.stopping:
             break
         predicted = predicted_s(unit, seconds.get(unit.series(), []))
-        left = until_s - sweep.used_s()
         print(f"{unit.title()}: ", end="", flush=True)
-        if left <= 0 or (predicted is not None and MARGIN * predicted > left):
-            guess = "an unknown time" if predicted is None else f"{predicted:.3g} s"
-            reason = f"would take {guess}, of the suite's time {max(left, 0):.3g} s are left"
-            found = [row | {"status": "skipped_budget", "reason": reason} for row in unit.blank()]
+        skip = _skip(unit, worker, sweep.arguments.device, predicted, until_s - sweep.used_s())
+        if skip is not None:
+            found = [row | skip for row in unit.blank()]
         else:
             found, taken = _measured(worker, unit, sweep.arguments.device)
             if found[0]["status"] == "ok":
