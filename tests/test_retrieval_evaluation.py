@@ -101,6 +101,16 @@ def test_chunks_change_no_cell(runs):
     assert np.allclose(*margins, atol=1e-4)
 
 
+def test_a_question_whose_answer_is_told_nowhere_has_no_weight():
+    """Not even where it is asked in the last token, behind which there is no slot."""
+    run = replace(PLANS["full"].base, model="softmax", size="small")
+    loaded = Loaded(trained=made_up(run, 1.0), model=HybridLM(run.build().config).eval())
+    batch = evaluate.evaluation_batch(loaded, "frequent", 1024, "cpu")
+    assert (batch.asked[:, 0] == batch.input_ids.shape[1] - 1).all()
+    (cell,) = evaluate.evaluate(loaded, "frequent", 1024, chunk=8192)
+    assert (cell.n, cell.attention) == (66, None)
+
+
 def test_attention_on_the_needle_is_its_softmax_weight():
     """Of the last layer, in float64: weights from the definition, whatever the chunks."""
     torch.manual_seed(0)

@@ -52,7 +52,8 @@ def _weights(query: Tensor, keys: Tensor, batch: Batch) -> Tensor:
     """Weights `[B, H, Q]` of queries `[B, H, N, K]` at the questions on slots of keys `[B, G, S, K]`."""
     length = batch.input_ids.shape[1]
     place = (batch.asked - (length - batch.tail_len)).clamp(min=0)  # [B, Q]
-    told = batch.asked - batch.distance[:, :, 0]
+    absent = batch.distance[:, :, 0] == ABSENT
+    told = (batch.asked - batch.distance[:, :, 0]).clamp(min=0).masked_fill(absent, 0)
     slots = torch.arange(length, device=query.device)
     group = query.shape[1] // keys.shape[1]
     weights = query.new_zeros(*query.shape[:2], place.shape[1], dtype=torch.float32)
@@ -62,7 +63,6 @@ def _weights(query: Tensor, keys: Tensor, batch: Batch) -> Tensor:
             asking = query[row, head, place[row]].float()  # [Q, K]
             scores = asking @ keys[row, head // group, :length].float().T  # [Q, S]
             scores = (scores * query.shape[3] ** -0.5).masked_fill(later, float("-inf"))
-            own = scores.gather(1, told[row][:, None].clamp(min=0))[:, 0]
+            own = scores.gather(1, told[row][:, None])[:, 0]
             weights[row, head] = (own - scores.logsumexp(1)).exp()
-    nowhere = (batch.distance[:, :, 0] == ABSENT)[:, None]
-    return weights.masked_fill(nowhere, float("nan")).cpu()
+    return weights.masked_fill(absent[:, None], float("nan")).cpu()
