@@ -53,15 +53,21 @@ PREFIX = Instance(name="prefix", arguments="256", num_threads=256)
 _hopper = False
 
 
-@contextmanager
-def hopper_kernels() -> Iterator[None]:
-    """Let calls inside the block use `src/hopper_scan.cu` where it can run, which is not the default."""
+def use_hopper(choice: bool) -> None:
+    """Let calls, and backwards of earlier ones, run the kernels for Hopper where they can, or not."""
     global _hopper
-    before, _hopper = _hopper, True
+    _hopper = choice
+
+
+@contextmanager
+def hopper_kernels(choice: bool = True) -> Iterator[None]:
+    """`use_hopper` for calls inside the block."""
+    before = _hopper
+    use_hopper(choice)
     try:
         yield
     finally:
-        _hopper = before
+        use_hopper(before)
 
 
 def tile_of(

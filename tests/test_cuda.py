@@ -77,6 +77,8 @@ def test_the_registrys_matrix_passes_on_the_host(flags):
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout
+    kernels = next(x for x in result.stdout.splitlines() if x.startswith("kernels: "))
+    assert ("hopper_scan" in kernels) == ("--hopper" in flags)
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 64)], ids=str)

@@ -1,7 +1,8 @@
 """The CUDA kernels, compiled as C++ for this machine's CPU: what they compute, without a GPU.
 
 `ptx.cuh` here takes the place of the kernels' own; all else of their sources is compiled as it is.
-As a pytest plugin (`-p tests.cuda_on_host`) it lets backend "cuda" run on CPU tensors that way.
+As a pytest plugin (`-p tests.cuda_on_host`) it lets backend "cuda" run on CPU tensors that way. With
+`--hopper`, for which a GPU serves too, the kernels for Hopper run.
 """
 
 import ctypes
@@ -96,7 +97,19 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    """Let the backend run on the CPU in this process."""
-    module.loader = HostLoader()
-    if config.getoption("--hopper"):
-        lightning.hopper_kernels().__enter__()
+    """Let the backend run on the CPU in this process, unless there is a GPU."""
+    loader = module.loader if torch.cuda.is_available() else HostLoader()
+    load, config.kernel_names = loader.load, set()
+
+    def noted(instance: Instance, device: torch.device) -> module.Kernel:
+        config.kernel_names.add(instance.name)
+        return load(instance, device)
+
+    loader.load = noted
+    module.loader = loader
+    lightning.use_hopper(config.getoption("--hopper"))
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """Say which kernels ran."""
+    terminalreporter.write_line(f"kernels: {', '.join(sorted(config.kernel_names))}")
