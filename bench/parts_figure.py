@@ -18,7 +18,7 @@ def make_parts_figure(rows: list[Row]) -> Figure | None:
     stacks = list(dict.fromkeys(row["op"] for row in rows))
     if not rows:
         return None
-    width, height = max(1.6, len(stacks)) * 5.0, 4.8
+    width, height = max(1.8, len(stacks)) * 5.0, 4.8
     figure = Figure((width, height), dpi=150, layout="constrained")
     all_axes = figure.subplots(1, len(stacks), squeeze=False, sharey=True)[0]
     for axes, stack in zip(all_axes, stacks, strict=True):

@@ -279,7 +279,7 @@ def make_figure(name: str, rows: list[Row]) -> Figure | None:
         return None
     handles = legend_handles((line for lines in panels.values() for line in lines), quantity)
     legend = {"handles": handles, "loc": "outside lower center", "ncols": min(4, 1 + len(panels))}
-    width, height = max(1.6, len(panels)) * PANEL_INCHES[0], PANEL_INCHES[1]
+    width, height = max(1.8, len(panels)) * PANEL_INCHES[0], PANEL_INCHES[1]
     height += 0.25 * math.ceil(len(handles) / legend["ncols"])
     figure = Figure((width, height), dpi=150, layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]

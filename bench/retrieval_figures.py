@@ -38,6 +38,7 @@ MODELS = {
     "hybrid-1to1": ("#E69F00", "P"),
 }
 OTHERS = ("#000000", "#777777", "#8A3D00", "#56B4E9", "#7A5195", "#B8860B", "#2F6B4F", "#A0A0FF")
+APART = 1.06  # factor between the places of models at one length, which would hide each other
 HAYSTACKS = {
     "needle": "needle in noise",
     "number": "number in text",
@@ -96,16 +97,18 @@ def _lengths(axes: Axes, lines: dict[str, list[Row]]) -> None:
     for number, (model, group) in enumerate(ordered):
         by_len = grouped(group, lambda row: row["q_len"])
         x = sorted(by_len)
+        apart = APART ** (number - (len(ordered) - 1) / 2)
         colour, marker = look_of(model, number)
         style = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 5}
-        draw_share(axes, x, [recall(by_len[n]) for n in x], label=model, **style)
+        places = [n * apart for n in x]
+        draw_share(axes, places, [recall(by_len[n]) for n in x], label=model, **style)
         expected = [expected_share(by_len[n]) for n in x]
         if None not in expected:
-            words = f"{model}, predicted at {format_len(max(trained))}"
+            words = f"{model}, predicted from {format_len(max(trained))}"
             axes.plot(x, expected, color=colour, linestyle="--", linewidth=1.3, label=words)
     for length in trained:
         axes.axvline(length, color="#333333", linestyle=":", linewidth=1)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center right")
 
 
 def expected_share(rows: list[Row]) -> float | None:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from attnlab.training.log import Record, read_log
 from bench.fit import format_len
@@ -82,6 +82,7 @@ def make_figure(runs: list[Run]) -> Figure:
         starts = [max(1, x["start"]) for x in octaves]
         by_position.plot(starts, [x["bits_per_byte"] for x in octaves], **look)
     _finish(over_time, "While training", "tokens seen", format_count)
+    over_time.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
     _finish(by_position, "At the end, by position", "first position of an octave", format_len)
     over_time.set_ylabel("validation loss, bits per byte")
     handles, labels = by_position.get_legend_handles_labels()

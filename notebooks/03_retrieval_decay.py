@@ -59,7 +59,7 @@ RUN = None
 if RUN is not None:
     folder = ROOT / RUN
 else:
-    candidates = [ROOT / "results" / name for name in ("h200/retrieval", "sample-recall")]
+    candidates = [ROOT / "results" / name for name in ("h100/retrieval", "sample-recall")]
     folder = next(path for path in candidates if (path / "rows.jsonl").exists())
 rows = [
     row

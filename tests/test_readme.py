@@ -8,8 +8,10 @@ import pytest
 from bench import h200
 from bench.findings import readme_table
 from bench.lines import latest
+from bench.model_table import parts_table
 from bench.model_table import readme_table as model_table
 from bench.rows import load_rows
+from bench.training_figure import read_runs, table
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -23,11 +25,13 @@ def test_the_example_runs():
     assert names["query"].grad is not None and names["step"].shape == (1, 4, 1, 64)
 
 
-def test_the_result_table_is_that_of_the_committed_rows():
-    rows = latest(load_rows(ROOT / "results" / "sample" / "rows.jsonl"))
-    assert readme_table(rows) in TEXT
-    assert h200.readme_table(ROOT / "results" / "h200" / "rows.jsonl") in TEXT
-    assert model_table(load_rows(ROOT / "results" / "h200" / "model" / "rows.jsonl"), "1b") in TEXT
+def test_the_result_tables_are_those_of_the_committed_rows():
+    results = ROOT / "results"
+    assert readme_table(latest(load_rows(results / "sample" / "rows.jsonl"))) in TEXT
+    assert h200.readme_table(results / "h200" / "rows.jsonl") in TEXT
+    assert model_table(load_rows(results / "h200" / "model" / "rows.jsonl"), "1b") in TEXT
+    assert parts_table(load_rows(results / "h100" / "model" / "rows.jsonl"), "hybrid-1b") in TEXT
+    assert table(read_runs(results / "h100" / "training")) in TEXT
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!https?:)[^)]+)\)", TEXT))
