@@ -39,6 +39,7 @@ from IPython.display import Image, Markdown
 from matplotlib import rc_context
 
 from attnlab.retrieval import theory
+from attnlab.retrieval.plans import trained_in
 from bench import retrieval_report
 from bench.document import Bullets, Table
 from bench.fit import format_len
@@ -49,23 +50,23 @@ from bench.rows import load_rows
 from bench.units import settled
 
 # %% [markdown]
-# `RUN` names the folder of rows, relative to the repository or absolute. None takes the committed run
-# on a GPU where there is one, else the sample from two CPU cores.
+# `RUN` names a folder of rows, relative to the repository or absolute. With None the trained models are
+# those of the committed run on a GPU, and the probe is the sample from two CPU cores.
 
 # %% tags=["parameters"]
 RUN = None
 
 # %%
-if RUN is not None:
-    folder = ROOT / RUN
-else:
-    candidates = [ROOT / "results" / name for name in ("h100/retrieval", "sample-recall")]
-    folder = next(path for path in candidates if (path / "rows.jsonl").exists())
-rows = [
-    row
-    for row in settled(load_rows(folder / "rows.jsonl"))
-    if row.get("suite") in ("probe", "retrieval")
-]
+COMMITTED = ("results/h100/retrieval", "results/sample-recall")
+every = {
+    name: settled(load_rows(ROOT / name / "rows.jsonl")) for name in ([RUN] if RUN else COMMITTED)
+}
+rows = []
+for suite in ("probe", "retrieval"):
+    found = {
+        name: [row for row in group if row.get("suite") == suite] for name, group in every.items()
+    }
+    rows += next((group for group in found.values() if group), [])
 
 
 def show(block: Table | Bullets) -> Markdown:
@@ -86,10 +87,8 @@ def draw(name: str) -> Image | Markdown:
     return Image(small.getvalue())
 
 
-devices = ", ".join(sorted({row["device"] for row in rows}))
-counts = pd.Series([row["suite"] for row in rows]).value_counts()
-shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-Markdown(f"`{shown}`, {devices}: " + ", ".join(f"{n} rows of {s}" for s, n in counts.items()))
+facts = pd.DataFrame(rows)[["suite", "device"]].value_counts()
+Markdown("; ".join(f"{n} rows of {suite}, {device}" for (suite, device), n in facts.items()))
 
 # %% [markdown]
 # ## What an op can recall
@@ -215,3 +214,23 @@ draw("tasks")
 
 # %%
 draw("ruler")
+
+# %% [markdown]
+# ## How they were trained
+#
+# Every architecture at every learning rate of a sweep; the rate with the best mean over all tasks and
+# lengths is the one evaluated above. Where the rate is too high nothing is learned at all: the accuracy is
+# that of a guess, and softmax fails at lower rates than the hybrids.
+
+# %%
+trained = trained_in(ROOT / (RUN or COMMITTED[0]))
+show(retrieval_report.run_table(trained)) if trained else Markdown("*No runs lie beside the rows.*")
+
+# %% [markdown]
+# ## What that says of the claim
+#
+# MiniMax-01's report has the hybrid at the top of long-context retrieval. Of its two halves, one shows
+# here too: with a single softmax layer among eight, a hybrid that was trained on a thousand tokens finds
+# needles among millions, where its linear layers alone, as the probe predicts, forget after a few
+# thousand. The other half does not: softmax in every layer finds as much, as far as it was run. What a
+# hybrid saves is not accuracy but memory, and the time to read.
