@@ -6,6 +6,8 @@ Three stages, each left out with `--skip`: "checks" runs the correctness matrix 
 compute sanitizer on small shapes) and writes `checks.json`; "rows" appends to `rows.jsonl`, ours
 first, what is not measured there yet, until the budget is used up; "table" prints shares of the
 floor beside the goals. So a run that is cut off is continued by the same command.
+
+"cuda" is that backend as it is called; `--only cuda-portable,cuda-hopper` times its two scan kernels.
 """
 
 import argparse
@@ -25,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from bench import plan, rows, timing  # noqa: E402
 from bench.gpu_checks import run_checks  # noqa: E402
 from bench.inputs import Source  # noqa: E402
-from bench.peers import PEERS  # noqa: E402
+from bench.peers import CUDA_KERNELS, OURS, PEERS  # noqa: E402
 from bench.rows import Point, Row  # noqa: E402
 from bench.worker import Task, Worker, describe_machine  # noqa: E402
 
@@ -97,13 +99,13 @@ QUICK = {"8x16x8K.d128.fwd", "8x16x8K.d128.bwd", "1x64x4K.d128.fwd"}
 
 def points_of(line: Line, device: str) -> Iterator[Point]:
     """The line's point for each backend that can be timed at its length."""
-    for op, backends in PEERS.items():
+    for op, backends in (*PEERS.items(), ("lightning", CUDA_KERNELS)):
         for backend in backends:
             if op == "softmax" and (line.tokens > SOFTMAX_UP_TO or line.layer != "0/80"):
                 continue
-            if line.pass_ == "decode" and backend not in ("triton", "fla"):
+            if line.pass_ == "decode" and backend not in (*OURS, "fla"):
                 continue
-            if line.precision != "default" and backend != "triton":
+            if line.precision != "default" and backend not in (*OURS, *CUDA_KERNELS):
                 continue
             yield Point(
                 suite="ops",
@@ -157,7 +159,7 @@ def _line_of(point: Point, row: Row) -> str:
         result += f" ({row['reason']})"
     if row.get("share_of_limit"):
         result += f" {row['share_of_limit']:.1%}, error {row['error_rms']:.2e}"
-    return f"{_name(point):28} {point.backend:10} {result}"
+    return f"{_name(point):28} {point.backend:15} {result}"
 
 
 def _rows(path: Path) -> list[Row]:
@@ -175,56 +177,68 @@ def _name(point: Point) -> str:
 def _selected(point: Point, only: list[str]) -> bool:
     words = [w for w in only if w in order_of_backends()]
     shapes = [w for w in only if w not in words]
-    named = not words or point.backend in words
+    named = point.backend in (words or itertools.chain(*PEERS.values()))
     return named and (not shapes or any(w in _name(point) for w in shapes))
 
 
 def order_of_backends() -> list[str]:
-    """All backends that a run times, ours first."""
-    return list(itertools.chain(*PEERS.values()))
+    """All backends that a run can time, ours first."""
+    return [*OURS, *CUDA_KERNELS, *(b for b in itertools.chain(*PEERS.values()) if b not in OURS)]
 
 
 def print_table(path: Path, lines: list[Line]) -> None:
     """Shares of the floor beside what they must and should be, and the times of the peers."""
     measured = {(_name_of_row(r), r["backend"]): r for r in _rows(path)}
+    ours = (*OURS, *CUDA_KERNELS)
     print(f"\n{'shape':26}{'ms':>10}{'share':>8}{'must':>7}{'goal':>7}  verdict  peers (ms)")
     for line in lines:
-        ours = measured.get((line.name, "triton"))
-        peers = {
-            b: measured[line.name, b]["ms_median"]
-            for b in order_of_backends()[1:]
-            if measured.get((line.name, b), {}).get("status") == "ok"
-        }
-        beside = ", ".join(f"{b} {ms:.4g}" for b, ms in peers.items())
-        if ours is None or ours["status"] != "ok":
-            state = ours["status"] if ours else "not measured"
-            print(f"{line.name:26}{state:>25}{'':>14}           {beside}")
-            continue
-        share = ours["share_of_limit"]
-        holds = share >= (line.must or 0.0)
-        if line.versus_cudnn:
-            share = ours["ms_median"] / peers.get("cudnn", math.nan)
-            holds = share <= line.must
-        wanted = ["-" if x is None else f"{x:.0%}" for x in (line.must, line.goal)]
-        cells = f"{ours['ms_median']:>10.4f}{share:>8.0%}{wanted[0]:>7}{wanted[1]:>7}"
-        print(f"{line.name:26}{cells}  {'holds' if holds else 'MISSED':8} {beside}")
+        rows_of_line = {b: measured.get((line.name, b)) for b in order_of_backends()}
+        times = {b: r["ms_median"] for b, r in rows_of_line.items() if r and r["status"] == "ok"}
+        beside = ", ".join(f"{b} {ms:.4g}" for b, ms in times.items() if b not in ours)
+        for backend in ours:
+            row = rows_of_line[backend]
+            if row is None and backend != "triton":
+                continue
+            cells = _verdict(line, row, times.get("cudnn", math.nan))
+            print(f"{line.name:26}{cells} {backend:14} {beside if backend == 'triton' else ''}")
+
+
+def _verdict(line: Line, row: Row | None, cudnn_ms: float) -> str:
+    """Cells of a table: time, share of the floor, what it must and should be, and whether it is."""
+    if row is None or row["status"] != "ok":
+        return f"{row['status'] if row else 'not measured':>25}{'':>25}"
+    share = row["share_of_limit"]
+    holds = share >= (line.must or 0.0)
+    if line.versus_cudnn:
+        share = row["ms_median"] / cudnn_ms
+        holds = share <= line.must
+    wanted = ["-" if x is None else f"{x:.0%}" for x in (line.must, line.goal)]
+    numbers = f"{row['ms_median']:>10.4f}{share:>8.0%}{wanted[0]:>7}{wanted[1]:>7}"
+    return f"{numbers}  {'holds' if holds else 'MISSED':8}"
 
 
 def readme_table(path: Path) -> str:
-    """Times and shares of the floor of the layer-0 lines, beside the peers, as Markdown."""
+    """Times and, of our backends, shares of the floor of the layer-0 lines, as Markdown.
+
+    A backend of which no row was committed has no column.
+    """
     measured = {(_name_of_row(r), r["backend"]): r for r in _rows(path)}
-    header = ["B, H, T, D", "pass", "triton", "of the floor", *order_of_backends()[1:]]
+    backends = [b for b in itertools.chain(*PEERS.values()) if any(b == of for _, of in measured)]
+    header = ["B, H, T, D", "pass"]
+    for backend in backends:
+        header += [backend, "of the floor"] if backend in OURS else [backend]
     cells = [header, ["---"] * len(header)]
     for line in LINES:
-        ours = measured.get((line.name, "triton"), {"status": "not measured"})
-        if ours["status"] != "ok" or line.layer != "0/80" or line.precision != "default":
+        found = {b: measured.get((line.name, b)) for b in backends}
+        ok = any(row and row["status"] == "ok" for b, row in found.items() if b in OURS)
+        if not ok or line.layer != "0/80" or line.precision != "default":
             continue
-        peers = [measured.get((line.name, b)) for b in order_of_backends()[1:]]
         tokens = line.name.split(".")[0].split("x")[2]
-        shape = f"{line.batch}, {line.heads}, {tokens}, {line.dim}"
-        share = f"{ours['share_of_limit']:.0%}"
-        times = [_time_of(row) for row in (ours, *peers)]
-        cells.append([shape, line.pass_, times[0], share, *times[1:]])
+        cells.append([f"{line.batch}, {line.heads}, {tokens}, {line.dim}", line.pass_])
+        for backend, row in found.items():
+            share = (row or {}).get("share_of_limit")
+            cells[-1] += [_time_of(row)]
+            cells[-1] += [f"{share:.0%}" if share else "-"] if backend in OURS else []
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 

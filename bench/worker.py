@@ -35,6 +35,7 @@ ENVIRONMENT = {
 }
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "cupy-cuda13x", "flash-linear-attention"),
+    "lightning-attn",
 )
 
 

@@ -1,12 +1,9 @@
 """The CUDA backend: its matrix, planned modes, layouts, planted defects, what it lacks and why.
 
-Kernels run on a GPU or, without one, as C++ on the CPU (`tests/cuda_on_host`). On a GPU,
-`python -m tests.test_cuda` makes small calls of all kernels, for compute-sanitizer to look at.
+Kernels run on a GPU or, without one, as C++ on the CPU (`tests/cuda_on_host`).
 """
 
-import contextlib
 import ctypes
-import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -594,30 +591,3 @@ def test_a_tensor_map_tells_the_driver_where_rows_are(monkeypatch):
     expected = {"kind": 1, "address": x.data_ptr(), "sizes": [64, 50, 3, 1], "box": [64, 64, 1, 1]}
     expected |= {"strides": [3 * 128 * 2, 128 * 2, 64 * 2], "aligned": True}
     assert told == expected
-
-
-def small_calls():
-    """Forward, backward, packed, planned and decoding calls of odd sizes, by both scan kernels."""
-    g = torch.tensor([-0.3, -0.05], device="cuda")
-    for use in (contextlib.nullcontext, lightning.hopper_kernels):
-        for dims, mode in itertools.product(((64, 64), (128, 128), (64, 128)), MODES[:3]):
-            inputs = inputs_of("cuda", H=2, T=333, dims=dims)
-            with use(), schedules.forced_plan(*mode):
-                testing.run_lightning(replace(inputs, log_decay=g), backend="cuda")
-        with use():
-            inputs = inputs_of("cuda", H=2, T=333, documents=3)
-            bounds = torch.tensor([0, 100, 100, 333], device="cuda")
-            testing.run_lightning(inputs, cu_seqlens=bounds, backend="cuda")
-            testing.run_lightning(inputs_of("cuda", T=333), precision="high", backend="cuda")
-    inputs = inputs_of("cuda", H=2, T=333)
-    step = [x[:, :, :1] for x in (inputs.query, inputs.key, inputs.value)]
-    slots = torch.tensor([2], device="cuda")
-    for width in (64, 65):  # aligned, and not
-        state = torch.zeros(3, 2, 64, width, device="cuda")[..., :64]
-        attnlab.lightning_decode_(*step, g, state, slots=slots, backend="cuda")
-    torch.cuda.synchronize()
-    print("all calls are done")
-
-
-if __name__ == "__main__":
-    small_calls()
