@@ -104,7 +104,7 @@ def run_units(
             earlier.setdefault((row["unit"], row["fingerprint"]), []).append(row)
     collected: list[Row] = []
     seconds: dict[str, list[tuple[float, float]]] = {}  # by series: work and seconds
-    worker = Worker(sweep.in_process)
+    worker, num_skipped = Worker(sweep.in_process), 0
     for unit in units:
         mark = fingerprint(unit)
         name = _hash(unit.identity(), sweep.device_name)
@@ -115,22 +115,24 @@ def run_units(
         if sweep.stopping:
             break
         predicted = predicted_s(unit, seconds.get(unit.series(), []))
-        print(f"{unit.title()}: ", end="", flush=True)
         skip = _skip(unit, worker, sweep.arguments.device, predicted, until_s - sweep.used_s())
         if skip is not None:
-            found = [row | skip for row in unit.blank()]
+            found, num_skipped = [row | skip for row in unit.blank()], num_skipped + 1
         else:
+            print(f"{unit.title()}: ", end="", flush=True)
             found, taken = _measured(worker, unit, sweep.arguments.device)
             if found[0]["status"] == "ok":
                 seconds.setdefault(unit.series(), []).append((unit.work(), taken))
             found[0]["point_s"] = round(taken, 3)
+            print(_outcome(found), flush=True)
         pred_ms = None if predicted is None else predicted * 1e3
         for row in found:
             whole = _whole(sweep, row, mark, name, len(found)) | {"pred_ms": pred_ms}
             rows.append_row(sweep.folder / "rows.jsonl", whole)
             collected.append(whole)
-        print(_outcome(found), flush=True)
     worker.close()
+    if num_skipped:
+        print(f"{num_skipped} more would take too long or too much memory; their rows say how much")
     return collected
 
 
