@@ -39,17 +39,25 @@ class MasterAdamW:
         # Fused, because only then an update can be skipped without asking the GPU first.
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, fused=True)
 
+    @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the gradients of the copies to those of the masters."""
+        # All at once: on a GPU a launch a tensor takes longer than the tensors of a small model.
+        sums, parts, fresh = [], [], []
         for name, copy in self.copies.items():
             master = self.masters[name]
             if copy is master or copy.grad is None:
                 continue
             if master.grad is None:
-                master.grad = copy.grad.float()
+                master.grad = torch.empty_like(master)
+                fresh.append((master.grad, copy.grad))
             else:
-                master.grad += copy.grad
+                sums.append(master.grad)
+                parts.append(copy.grad)
             copy.grad = None
+        _copy(fresh)
+        if sums:
+            torch._foreach_add_(sums, parts)
 
     def step(self, *, learning_rate: float, clip_norm: float) -> Tensor:
         """Clip, update, and forget the gradients; returns their norm before, float32 scalar.
@@ -82,6 +90,11 @@ class MasterAdamW:
 
     @torch.no_grad()
     def _round(self) -> None:
-        for name, copy in self.copies.items():
-            if copy is not self.masters[name]:
-                copy.copy_(self.masters[name])
+        pairs = [(copy, self.masters[name]) for name, copy in self.copies.items()]
+        _copy([(copy, master) for copy, master in pairs if copy is not master])
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first."""
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
