@@ -43,7 +43,8 @@ def run_python(*arguments, interpret):
 
 @pytest.mark.skipif(CAN_RUN, reason="the kernels run in this process")
 def test_everything_here_passes_interpreted():
-    files = "tests/test_backends.py", "tests/test_triton.py", "tests/test_slots.py"
+    names = "backends", "triton", "slots", "norm"
+    files = [f"tests/test_{name}.py" for name in names]
     result = run_python("-m", "pytest", "-q", "-x", "-k", "triton", *files, interpret=True)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout

@@ -26,6 +26,7 @@ from attnlab.functional import (
 )
 from attnlab.model.config import HybridConfig
 from attnlab.model.convolution import ShortConvolution
+from attnlab.model.norm import RMSNorm
 from attnlab.model.placement import Placement
 from attnlab.model.rotary import rotate
 from attnlab.registry import list_backends
@@ -52,7 +53,7 @@ class LightningMixer(nn.Module):
         self.conv = _convolution(config, **factory)
         self.qkv_proj = nn.Linear(hidden, 3 * inner, bias=False, **factory)
         self.output_gate = nn.Linear(hidden, inner, bias=False, **factory)
-        self.norm = nn.RMSNorm(inner, eps=config.linear_norm_eps, **factory)
+        self.norm = RMSNorm(inner, eps=config.linear_norm_eps, **factory)
         self.out_proj = nn.Linear(inner, hidden, bias=False, **factory)
         self._set_decay(self.qkv_proj.weight.device)
 
@@ -65,8 +66,8 @@ class LightningMixer(nn.Module):
         qkv = F.silu(self.qkv_proj(hidden)).unflatten(-1, (self.num_heads, 3, self.head_dim))
         query, key, value = (x.transpose(1, 2) for x in qkv.unbind(3))  # [B, H, T, K]
         mixed = self._attend(query, key, value, place, cache)
-        mixed = self.norm(mixed.transpose(1, 2).flatten(2))  # [B, T, H K]
-        return self.out_proj(torch.sigmoid(self.output_gate(hidden)) * mixed)
+        mixed = mixed.transpose(1, 2).flatten(2)  # [B, T, H K]
+        return self.out_proj(self.norm(mixed, gate=self.output_gate(hidden)))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, place: Placement, cache: StateCache | None
@@ -125,8 +126,8 @@ class SoftmaxMixer(nn.Module):
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * head_dim, bias=False, **factory)
         self.o_proj = nn.Linear(inner, hidden, bias=False, **factory)
         normed, eps = config.qk_norm, config.rms_norm_eps
-        self.q_norm = nn.RMSNorm(head_dim, eps=eps, **factory) if normed else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=eps, **factory) if normed else None
+        self.q_norm = RMSNorm(head_dim, eps=eps, **factory) if normed else None
+        self.k_norm = RMSNorm(head_dim, eps=eps, **factory) if normed else None
         scaled = config.log_length_scale
         self.length_scale = (
             nn.Parameter(torch.empty(inner // head_dim, **factory)) if scaled else None

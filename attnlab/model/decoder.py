@@ -17,6 +17,7 @@ from attnlab.cache import LayerCache, ModelCache
 from attnlab.model.attention import Angles, LightningMixer, SoftmaxMixer
 from attnlab.model.config import LINEAR, HybridConfig
 from attnlab.model.moe import MixtureOfExperts, RouterLoad
+from attnlab.model.norm import RMSNorm, weighted_sum
 from attnlab.model.placement import Placement
 from attnlab.model.rotary import rotary_angles
 
@@ -33,11 +34,11 @@ class DecoderLayer(nn.Module):
         self.beta: float = getattr(config, f"{kind}_attn_beta_factor")
         self.mlp_alpha, self.mlp_beta = config.mlp_alpha_factor, config.mlp_beta_factor
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(size, eps=eps, **factory)
+        self.input_layernorm = RMSNorm(size, eps=eps, **factory)
         self.self_attn = (LightningMixer if self.is_linear else SoftmaxMixer)(
             config, layer, **factory
         )
-        self.post_attention_layernorm = nn.RMSNorm(size, eps=eps, **factory)
+        self.post_attention_layernorm = RMSNorm(size, eps=eps, **factory)
         self.mlp = MixtureOfExperts(config, **factory)
 
     def forward(
@@ -51,10 +52,10 @@ class DecoderLayer(nn.Module):
         """`[B, T, D]`, and in training the router's load; `multiplier` is of a linear mixer."""
         h = self.input_layernorm(x)
         beta = self.beta * multiplier if self.is_linear else self.beta
-        mixed = _residual(h, self.self_attn(h, place, angles, cache), self.alpha, beta)
-        g = self.post_attention_layernorm(mixed)
+        mixed = self.self_attn(h, place, angles, cache)
+        g = self.post_attention_layernorm(h, plus=mixed, alpha=self.alpha, beta=beta)
         output, load = self.mlp(g)
-        return _residual(g, output, self.mlp_alpha, self.mlp_beta), load
+        return weighted_sum(g, output, self.mlp_alpha, self.mlp_beta), load
 
 
 class Decoder(nn.Module):
@@ -72,7 +73,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(DecoderLayer(config, i, **factory) for i in layers)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
     def forward(
         self, input_ids: Tensor, place: Placement, cache: ModelCache | None
@@ -97,8 +98,3 @@ class Decoder(nn.Module):
             return None
         float64 = config.rotary_float64
         return rotary_angles(positions, config.rotary_dim, config.rope_theta, float64=float64)
-
-
-def _residual(x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
-    """alpha x + beta y, in one pass where beta is 1."""
-    return torch.add(y if beta == 1.0 else beta * y, x, alpha=alpha)

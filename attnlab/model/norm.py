@@ -1,0 +1,136 @@
+"""RMSNorm, alone, of a residual sum, or behind an output gate.
+
+Legend: D channels.
+
+On a GPU it is the kernels of `kernels_triton.norm`, forward and backward; elsewhere torch's.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnlab.custom_op import CustomOp
+
+_HAS_TRITON = find_spec("triton") is not None
+_MAX_WIDTH = 8192  # channels that the kernels hold
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class RMSNorm(nn.RMSNorm):
+    """weight * z * rsqrt(mean(z^2) + eps) over the channels of z, as torch's module of that name."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        plus: Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """`[..., D]`: the norm of x, or of alpha x + beta plus, times sigmoid(gate) if given.
+
+        `x`, `plus` and `gate` are `[..., D]` of one shape.
+        """
+        assert self.eps is not None
+        if _fused(x, self.weight, plus, gate):
+            return _rms_norm(x, plus, gate, self.weight, float(alpha), float(beta), self.eps)
+        normed = super().forward(x if plus is None else weighted_sum(x, plus, alpha, beta))
+        return normed if gate is None else torch.sigmoid(gate) * normed
+
+
+def weighted_sum(x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha x + beta y, in one pass where beta is 1."""
+    return torch.add(y if beta == 1.0 else beta * y, x, alpha=alpha)
+
+
+def _fused(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take a call: what torch casts first is left to torch."""
+    if not (x.is_cuda and _HAS_TRITON and x.dtype in _DTYPES and x.shape[-1] <= _MAX_WIDTH):
+        return False
+    alike = all(y is None or y.dtype == x.dtype for y in others)
+    return alike and not torch.is_autocast_enabled("cuda")
+
+
+def _normalise(
+    x: Tensor,
+    plus: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    alpha: float,
+    beta: float,
+    eps: float,
+) -> Tensor:
+    from kernels_triton import norm
+
+    plus, gate = (None if z is None else z.contiguous() for z in (plus, gate))
+    return norm.rms_norm(x.contiguous(), weight, eps, y=plus, gate=gate, alpha=alpha, beta=beta)
+
+
+def _fake_normalise(
+    x: Tensor,
+    plus: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    alpha: float,
+    beta: float,
+    eps: float,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _differentiate(
+    grad: Tensor,
+    x: Tensor,
+    plus: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    alpha: float,
+    beta: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, plus and gate (empty without them) and weight."""
+    from kernels_triton import norm
+
+    plus, gate = (None if z is None else z.contiguous() for z in (plus, gate))
+    grad_x, grad_plus, grad_gate, grad_weight = norm.rms_norm_backward(
+        grad.contiguous(), x.contiguous(), weight, eps, y=plus, gate=gate, alpha=alpha, beta=beta
+    )
+    optional = (x.new_empty(0) if z is None else z for z in (grad_plus, grad_gate))
+    return grad_x, *optional, grad_weight
+
+
+def _fake_differentiate(
+    grad: Tensor,
+    x: Tensor,
+    plus: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    alpha: float,
+    beta: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    optional = (x.new_empty(0 if z is None else z.shape) for z in (plus, gate))
+    return x.new_empty(x.shape), *optional, weight.new_empty(weight.shape)
+
+
+_gradients = CustomOp("rms_norm_backward", _differentiate, _fake_differentiate)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.numbers = inputs[4:]
+
+
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _, plus, gate, _ = ctx.saved_tensors
+    grad_x, grad_plus, grad_gate, grad_weight = _gradients(grad, *ctx.saved_tensors, *ctx.numbers)
+    optional = [g if z is not None else None for z, g in ((plus, grad_plus), (gate, grad_gate))]
+    return grad_x, *optional, grad_weight, None, None, None
+
+
+_rms_norm = CustomOp(
+    "rms_norm", _normalise, _fake_normalise, setup_context=_save, backward=_autograd_backward
+)
