@@ -22,9 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def make_moe(dtype=torch.float64, **changes):
     torch.manual_seed(0)
-    config = replace(
-        HybridConfig.tiny(), hidden_size=24, intermediate_size=40, num_local_experts=5, **changes
-    )
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_local_experts": 5}
+    config = replace(HybridConfig.tiny(), **(sizes | changes))
     layer = MixtureOfExperts(config, dtype=dtype)
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, 0.0, 0.3)
@@ -75,6 +74,30 @@ def test_a_token_gets_the_weighted_sum_of_its_best_experts(num_chosen):
     for a, b in zip(actual, grads, strict=True):
         # With one expert its weight is 1, and the router's gradient rounding alone.
         assert (a - b).abs().max() < 1e-10
+
+
+def test_an_expert_that_is_alone_takes_every_token_with_weight_1():
+    layer = make_moe(num_local_experts=1, num_experts_per_tok=1, capacity_factor=1.0)
+    hidden, w = make_hidden(3, 11).requires_grad_(), layer.experts
+    output, load = layer(hidden)
+    expected = torch.stack([expert_output(layer, 0, x) for x in hidden.flatten(0, 1)])
+    assert deviation(output, expected.view(3, 11, 24)) < FLOAT64
+    assert load.fraction.tolist() == load.probability.tolist() == [1.0]
+    assert balancing_loss([load], "transformers") == 1.0
+    grads = []
+    for y in (output, expected.view(3, 11, 24)):
+        loss, leaves = y.square().sum(), (hidden, w.gate_up_proj, w.down_proj)
+        grads.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+    assert all(deviation(a, b) < FLOAT64 for a, b in zip(*grads, strict=True))
+    assert torch.equal(layer.eval()(hidden)[0], output) and layer(hidden)[1] is None
+    output.sum().backward()
+    assert layer.gate.weight.grad is None
+
+
+def test_an_expert_that_is_alone_drops_what_is_above_its_fill():
+    layer = make_moe(num_local_experts=1, num_experts_per_tok=1, capacity_factor=0.5).train()
+    output = layer(make_hidden(2, 10))[0].flatten(0, 1)
+    assert output[:10].abs().min() > 0 and torch.equal(output[10:], torch.zeros(10, 24).double())
 
 
 @pytest.mark.parametrize("factor", [0.3, 0.8, 1.0, 1.5])

@@ -66,6 +66,11 @@ class Experts(nn.Module):
         gated = gated_silu(grouped_linear(x, self.gate_up_proj, offsets))  # [S, F]
         return grouped_linear(gated, self.down_proj, offsets)
 
+    def only(self, x: Tensor) -> Tensor:
+        """`[N, D]` from all tokens, of the one expert there is."""
+        gated = gated_silu(F.linear(x, self.gate_up_proj.squeeze(0)))  # [N, F]
+        return F.linear(gated, self.down_proj.squeeze(0))
+
 
 class MixtureOfExperts(nn.Module):
     """Router and experts of one layer.
@@ -74,6 +79,8 @@ class MixtureOfExperts(nn.Module):
     of the tokens, and the slots that are dropped weigh nothing. `global_counts` is for training on
     several devices: it maps this device's slots of each expert, `[E]` int32, to their sums over all
     devices, before it is decided how many to drop; by default the counts are all there are.
+
+    An expert that is alone takes every token with weight 1, and its router gets no gradient.
     """
 
     def __init__(self, config: HybridConfig, **factory: Any) -> None:
@@ -99,6 +106,10 @@ class MixtureOfExperts(nn.Module):
         return output.view(hidden.shape), None
 
     def _mix(self, x: Tensor) -> tuple[Tensor, RouterLoad | None]:
+        drops = self.training and self.capacity_factor is not None and self.capacity_factor < 1
+        if self.num_experts == 1 and not drops:
+            one = torch.ones(1, device=x.device) if self.training else None
+            return self.experts.only(x), None if one is None else RouterLoad(one, one)
         logits = self.gate(x)
         best, experts = logits.topk(self.num_chosen, dim=-1)
         weights = best.softmax(-1)  # that over all experts, divided by the sum of the chosen ones

@@ -98,8 +98,8 @@ def _differentiate(
     grad_x, grad_plus, grad_gate, grad_weight = norm.rms_norm_backward(
         grad.contiguous(), x.contiguous(), weight, eps, y=plus, gate=gate, alpha=alpha, beta=beta
     )
-    optional = (x.new_empty(0) if z is None else z for z in (grad_plus, grad_gate))
-    return grad_x, *optional, grad_weight
+    grad_plus, grad_gate = (x.new_empty(0) if z is None else z for z in (grad_plus, grad_gate))
+    return grad_x, grad_plus, grad_gate, grad_weight
 
 
 def _fake_differentiate(
@@ -112,8 +112,8 @@ def _fake_differentiate(
     beta: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    optional = (x.new_empty(0 if z is None else z.shape) for z in (plus, gate))
-    return x.new_empty(x.shape), *optional, weight.new_empty(weight.shape)
+    grad_plus, grad_gate = (x.new_empty(0 if z is None else z.shape) for z in (plus, gate))
+    return x.new_empty(x.shape), grad_plus, grad_gate, weight.new_empty(weight.shape)
 
 
 _gradients = CustomOp("rms_norm_backward", _differentiate, _fake_differentiate)
