@@ -8,6 +8,7 @@ import torch
 from attnlab import registry
 from attnlab.checks import expect
 from attnlab.distributed import planning
+from attnlab.distributed.launch import joined
 from attnlab.inference.generate import stream
 from attnlab.inference.sampling import check_sampling
 from attnlab.inference.text import TextStream
@@ -20,7 +21,7 @@ from attnlab.training.config import check_vocabulary
 from attnlab.training.guard import NonFiniteError
 from attnlab.training.options import add_options, config_from
 from attnlab.training.tokenizer import Tokenizer, load_tokenizer
-from attnlab.training.train import resume, train
+from attnlab.training.train import TrainResult, resume, train
 
 
 def typical_problem(op: str, device: str) -> Problem:
@@ -58,21 +59,24 @@ def run_backends(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train, or go on with a run; 130 if a signal ended it early."""
+    """Train, or go on with a run, alone or as a rank under torchrun; 130 if a signal ended it early."""
     given = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
-    if given.pop("resume"):
-        if set(given) != {"out"}:
-            raise ValueError(f"expected --out DIR alone beside --resume, got {sorted(given)}")
-        result = resume(given["out"])
-        out = given["out"]
-    else:
-        config = config_from(given)
-        result, out = train(config), config.out
+    with joined(given.get("device")) as job:
+        if given.pop("resume"):
+            expect("out" in given, "--out DIR beside --resume", sorted(given))
+            result = resume(given.pop("out"), job=job, **given)
+        else:
+            result = train(config_from(given), job=job)
+        if job is None or job.leads:
+            print(_outcome(result))
+    return 130 if result.model_path is None else 0
+
+
+def _outcome(result: TrainResult) -> str:
     if result.model_path is None:
-        print(f"stopped after step {result.step}; go on with: attnlab train --resume --out {out}")
-        return 130
-    print(f"trained {result.step} steps; the model is in {result.model_path}")
-    return 0
+        again = f"attnlab train --resume --out {result.out}"
+        return f"stopped after step {result.step}; go on with: {again}"
+    return f"trained {result.step} steps; the model is in {result.model_path}"
 
 
 def add_generate_options(parser: argparse.ArgumentParser) -> None:

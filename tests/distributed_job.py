@@ -23,7 +23,8 @@ def main(folder, steps, cp, lost_rank=-1, lost_step=-1):
         Pack(ids, targets, torch.tensor(cu, dtype=torch.int32), int((targets >= 0).sum()))
         for ids, targets, cu in packs()
     ]
-    with job(cp=cp, timeout=timedelta(seconds=60)) as meshes:
+    with job(timeout=timedelta(seconds=60)) as ranks:
+        meshes = ranks.meshes(cp=cp)
         torch.manual_seed(0)
         trainer = ParallelTrainer(HybridLM(small()), meshes)
         checkpoints = Path(folder) / "checkpoints"

@@ -17,7 +17,7 @@ from attnlab.model.hybrid import HybridLM
 from attnlab.training import checkpoints
 from attnlab.training.guard import StopSignal, first_non_finite
 from attnlab.training.log import RunLog, read_log
-from attnlab.training.objective import backward, token_losses, validate
+from attnlab.training.objective import Validation, backward, sum_losses, token_losses
 from attnlab.training.optimizer import MasterAdamW
 from attnlab.training.packing import IGNORED, Pack
 from attnlab.training.schedule import learning_rate_factor, linear_multiplier
@@ -331,7 +331,7 @@ def test_the_ramp_reaches_the_linear_layers_in_training_alone():
 def test_validation_gives_the_mean_loss_of_each_octave_of_positions():
     model = small_model()
     packs = [pack_of(random_documents([9, 1, 20], seed)) for seed in (1, 2)]
-    result = validate(model, packs, bits_per_byte_of_a_nat=2.0)
+    result = Validation.of(sum_losses(model, packs), bits_per_byte_of_a_nat=2.0)
     assert model.training
     with torch.no_grad():
         by_document = [x for pack in packs for x in losses_of(model.eval(), pack)]
@@ -355,7 +355,7 @@ def test_the_first_layer_that_is_not_finite_is_named(place):
     assert first_non_finite(model, run) is None
     with torch.no_grad():
         model.get_submodule(place).weight.view(-1)[0] = math.nan
-    assert first_non_finite(model, run) == f"the output of {place}"
+    assert first_non_finite(model, run).what == f"the output of {place}"
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -363,4 +363,4 @@ def test_a_gradient_that_is_not_finite_is_named_where_all_outputs_are():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].weight.register_hook(lambda grad: grad * math.inf)
     run = lambda: model(torch.ones(2, 4)).sum().backward()  # noqa: E731
-    assert first_non_finite(model, run) == "the gradient of 0.weight"
+    assert first_non_finite(model, run).what == "the gradient of 0.weight"

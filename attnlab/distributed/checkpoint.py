@@ -34,6 +34,9 @@ def save_sharded(
     """Write the state behind `step` steps, then remove all but the last `keep` checkpoints.
 
     Every rank has to call it; the folder has to be one that all ranks see.
+
+    Raises:
+        OSError: on all ranks, if one can't write its part; the checkpoints before stay.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f"{final.name}.partial"
@@ -41,7 +44,12 @@ def save_sharded(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_whole_state(model, optimizer), checkpoint_id=partial)
+    try:
+        dcp.save(_whole_state(model, optimizer), checkpoint_id=partial)
+    except dcp.api.CheckpointException as error:
+        raise OSError(
+            f"could not write {partial}, the checkpoint before is whole: {error}"
+        ) from None
     if dist.get_rank() == 0:
         text = json.dumps({"step": step, "model": model.lm.config.to_dict()})
         (partial / "run.json").write_text(text)
@@ -81,11 +89,21 @@ def load_sharded(model: ParallelLM, optimizer: torch.optim.Optimizer, folder: Pa
     return record["step"]
 
 
-def export_model(model: ParallelLM, folder: Path, *, layout: str = "transformers") -> None:
-    """Write the model as one process reads it, config and safetensors; every rank has to call it."""
+def export_model(
+    model: ParallelLM,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: str = "transformers",
+) -> None:
+    """Write the model as one process reads it, config and safetensors; every rank has to call it.
+
+    Without `dtype` weights keep that of the masters.
+    """
     state = gather_state(model)
     if dist.get_rank() == 0:
-        dtype = next(iter(state.values())).dtype
+        dtype = dtype or next(iter(state.values())).dtype
+        state = {name: x.to(dtype) for name, x in state.items()}
         whole = HybridLM(model.lm.config, device="meta", dtype=dtype)
         whole.load_state_dict(
             state, strict=False, assign=True

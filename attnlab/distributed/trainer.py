@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from attnlab.checks import expect, remembered, values_of
 from attnlab.distributed.checkpoint import export_model, load_sharded, save_sharded
@@ -27,12 +29,23 @@ BETAS = (0.9, 0.95)  # of MiniMax-01, arXiv 2501.08313, section 4.2
 
 
 class PackedTokens(Protocol):
-    """A pack: ids `[1, T]`, targets `[T]`, bounds of its documents, and how many targets count."""
+    """A pack, which its readers don't change."""
 
-    input_ids: Tensor
-    targets: Tensor
-    cu_seqlens: Tensor
-    num_targets: int
+    @property
+    def input_ids(self) -> Tensor:
+        """`[1, T]`."""
+
+    @property
+    def targets(self) -> Tensor:
+        """`[T]`, -100 where none counts."""
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Bounds of the documents."""
+
+    @property
+    def num_targets(self) -> int:
+        """How many targets count."""
 
 
 class ParallelTrainer:
@@ -57,7 +70,8 @@ class ParallelTrainer:
         model = ParallelLM(lm.train(), Context(meshes, num_groups))
         own = next(lm.parameters()).dtype
         self.model = shard_parameters(model, None if dtype == own else dtype)
-        self.meshes, self.clip_norm, self.zigzag = meshes, clip_norm, zigzag
+        self.meshes, self.dtype = meshes, dtype
+        self.clip_norm, self.zigzag = clip_norm, zigzag
         self.device = next(self.model.parameters()).device
         self.optimizer = torch.optim.AdamW(_groups(self.model, weight_decay), betas=BETAS)
 
@@ -73,9 +87,20 @@ class ParallelTrainer:
             ValueError: on all ranks, if the packs' bounds differ between them, a pack is shorter than
                 the cp ranks, or the packs can't be shared out evenly.
         """
+        total = self.backward(packs, multiplier=multiplier)
+        norm = self._update(learning_rate)
+        num_targets = sum(pack.num_targets for pack in packs)
+        return self.meshes.group("world").all_reduce(total).wait() / num_targets, norm
+
+    def backward(self, packs: Sequence[PackedTokens], *, multiplier: float) -> Tensor:
+        """Add this rank's part of a step's gradients; returns its sum of token losses.
+
+        Raises:
+            ValueError: as `step`.
+        """
         dp, cp, world = (self.meshes.group(axis) for axis in ("dp", "cp", "world"))
         expect(len(packs) % dp.size == 0, f"packs in a multiple of dp {dp.size}", len(packs))
-        plans = [self._plan(pack, cp.size) for pack in packs]
+        plans = [self._plan(pack) for pack in packs]
         check_agreement(world, _fingerprint(plans), "cu_seqlens")
         num_targets = sum(pack.num_targets for pack in packs)
         self.model.lm.linear_multiplier = multiplier
@@ -87,8 +112,28 @@ class ParallelTrainer:
             total = total + self.model.backward(
                 ids, targets, plan, num_targets=num_targets, share=share
             )
-        norm = self._update(learning_rate)
-        return world.all_reduce(total).wait() / num_targets, norm
+        return total
+
+    @torch.no_grad()
+    def losses(self, pack: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of this rank's tokens of a pack, their targets, and their places in their documents.
+
+        All are `[l]`; a loss is 0 where a target doesn't count. The model is left in the mode in
+        which it was.
+        """
+        cp, plan = self.meshes.group("cp"), self._plan(pack)
+        logits, _ = self.model(plan.shard(pack.input_ids, cp.rank, 1).to(self.device), plan)
+        # FSDP keeps the outermost weights whole for a backward, which doesn't come here.
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()
+        targets = plan.shard(pack.targets, cp.rank)
+        places = plan.document_positions(cp.rank)
+        targets, places = (
+            self.model.context.own_tokens(x, 0).to(self.device) for x in (targets, places)
+        )
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        losses = F.cross_entropy(logits[0].to(wide), targets, ignore_index=-100, reduction="none")
+        return losses, targets, places
 
     def save(self, folder: Path, step: int, *, keep: int = 2) -> None:
         """Write a sharded checkpoint; see `save_sharded`."""
@@ -99,12 +144,13 @@ class ParallelTrainer:
         return load_sharded(self.model, self.optimizer, folder)
 
     def export(self, folder: Path) -> None:
-        """Write the model as one process reads it."""
-        export_model(self.model, folder)
+        """Write the model as one process reads it, in the dtype in which its layers compute."""
+        export_model(self.model, folder, dtype=self.dtype)
 
-    def _plan(self, pack: PackedTokens, ranks: int) -> PackPlan:
+    def _plan(self, pack: PackedTokens) -> PackPlan:
         bounds = remembered(pack.cu_seqlens, values_of)
-        return (PackPlan.zigzag if self.zigzag else PackPlan.contiguous)(bounds, ranks)
+        make = PackPlan.zigzag if self.zigzag else PackPlan.contiguous
+        return make(bounds, self.meshes.layout.cp)
 
     def _update(self, learning_rate: float) -> Tensor:
         norm = gradient_norm(self.model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from attnlab.checks import expect
 from attnlab.model.transaction import flush
 
 PATTERN = "step-*.pt"
@@ -49,8 +50,11 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The state of the latest checkpoint on the CPU; None if there is none.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: if the file is damaged, or the checkpoints are folders, which a job writes.
     """
+    sharded = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
+    expected = f"checkpoints of one process in {folder}"
+    expect(not sharded, expected, f"{sharded[-1:]} of a job: go on with torchrun")
     paths = list_checkpoints(folder)
     if not paths:
         return None

@@ -11,6 +11,9 @@ from attnlab.training.tokenizer import Tokenizer
 
 VARIANTS = ("hybrid", "softmax", "lightning")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MESH = ("dp", "cp", "tp", "ep", "etp")
+PLACE = (*MESH, "num_groups", "zigzag", "device")
+"""Fields that say where a run goes on, not what it computes: a resumed run may have others."""
 LEARNING_RATES = {"tiny": 4e-3, "3m": 4e-3, "15m": 2e-3, "100m": 1e-3}
 ON_A_GPU = {
     "batch_tokens": 131072,
@@ -46,6 +49,13 @@ class TrainConfig:
 the share begin of the steps and 1 from the share end on
     dtype: float32, or bfloat16 with float32 masters
     device: cpu, cuda or cuda:N; without it, a GPU if there is one
+    dp: under torchrun: replicas, which share out the packs of a step; without it, what is left
+    cp: ranks that share a pack, each with a part of its tokens
+    tp: ranks that share the heads of a mixer
+    ep: ranks that share a layer's experts
+    etp: ranks that share each expert's channels
+    num_groups: groups of tokens whose way to the experts overlaps the experts' work
+    zigzag: two chunks of a pack for each cp rank, which evens out long documents
     lightning_backend: backend of lightning layers; without it, the first that can run
     softmax_backend: backend of softmax layers; likewise
     gradient_checkpointing: keep few activations and compute them again
@@ -77,6 +87,13 @@ the share begin of the steps and 1 from the share end on
     linear_ramp: tuple[float, float, float] | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    dp: int | None = None
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+    num_groups: int = 2
+    zigzag: bool = False
     lightning_backend: str | None = None
     softmax_backend: str | None = None
     gradient_checkpointing: bool = False
@@ -106,6 +123,9 @@ the share begin of the steps and 1 from the share end on
             expect(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
         for name in ("log_every", "validate_every", "validation_tokens", "checkpoint_every"):
             expect(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
+        for name in (*MESH, "num_groups"):
+            value = getattr(self, name)
+            expect(value is None or value >= 1, f"{name} of at least 1", value)
         for name in ("validation_share", "decay_share"):
             value = getattr(self, name)
             expect(0 <= value < 1, f"{name} of at least 0 and below 1", value)

@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,29 @@ class NonFiniteError(FloatingPointError):
     """Training met a NaN or an infinity; the message says at which step and in which layer."""
 
 
-def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
+class NonFinite(NamedTuple):
+    """Something that is not finite: after how many modules' outputs it came, and what it is."""
+
+    place: int
+    what: str
+
+
+def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> NonFinite | None:
     """What in the model is the first not to be finite while `run` trains it: forward, then backward.
 
     `run` computes gradients of `model`. The name is that of the innermost module whose output is not
     finite; if all outputs are, that of the last parameter in the model with such a gradient, since
     the backward pass comes there first. None if all is finite.
     """
-    found: list[str] = []
+    found: list[NonFinite] = []
+    count = 0
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal count
+            count += 1
             if not found and not all(bool(x.isfinite().all()) for x in _floats(output)):
-                found.append(f"the output of {name}")
+                found.append(NonFinite(count, f"the output of {name}"))
 
         return hook
 
@@ -39,10 +49,15 @@ def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
         for hook in hooks:
             hook.remove()
     for name, p in reversed(list(model.named_parameters())):
-        if p.grad is not None and not bool(p.grad.isfinite().all()):
-            found.append(f"the gradient of {name}")
+        if p.grad is not None and not bool(_own_part(p.grad).isfinite().all()):
+            count += 1
+            found.append(NonFinite(count, f"the gradient of {name}"))
         p.grad = None
     return found[0] if found else None
+
+
+def _own_part(x: Tensor) -> Tensor:
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

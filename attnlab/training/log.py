@@ -6,6 +6,7 @@ again, so the lines after that checkpoint are cut off when a run is resumed.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ Record = dict[str, Any]
 class RunLog:
     """The log, open for appending after `step` steps."""
 
-    def __init__(self, path: Path, *, step: int) -> None:
-        """Keep the lines up to `step`, and open the file."""
-        if path.exists():
+    def __init__(self, path: Path | None, *, step: int) -> None:
+        """Keep the lines up to `step`, and open the file; without a path nothing is written."""
+        path = Path(os.devnull) if path is None else path
+        if path.is_file():
             kept = [line for line in read_log(path) if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(path, lambda partial: partial.write_text(text))

@@ -59,6 +59,24 @@ class Validation(NamedTuple):
     bits_per_byte: float
     by_position: list[Octave]
 
+    @classmethod
+    def of(cls, sums: Tensor, *, bits_per_byte_of_a_nat: float) -> "Validation":
+        """The means, from `octave_sums` of all packs."""
+        nats, counts = sums.tolist()
+        octaves = [
+            Octave(
+                start=2 ** (i - 1) if i else 0,
+                stop=2**i,
+                targets=int(count),
+                nats=total / count,
+                bits_per_byte=total / count * bits_per_byte_of_a_nat,
+            )
+            for i, (total, count) in enumerate(zip(nats, counts, strict=True))
+            if count
+        ]
+        mean = math.fsum(nats) / math.fsum(counts)
+        return cls(mean, mean * bits_per_byte_of_a_nat, octaves)
+
     def record(self) -> dict[str, Any]:
         """The fields of a log line."""
         octaves = [octave._asdict() for octave in self.by_position]
@@ -66,33 +84,32 @@ class Validation(NamedTuple):
 
 
 @torch.no_grad()
-def validate(
-    model: HybridLM, packs: Iterable[Pack], *, bits_per_byte_of_a_nat: float
-) -> Validation:
-    """Losses of the model in evaluation mode; it is left in training mode."""
+def sum_losses(model: HybridLM, packs: Iterable[Pack]) -> Tensor:
+    """`octave_sums` of the packs, of the model in evaluation mode; it is left in training mode."""
     model.eval()
     device = next(model.parameters()).device
-    sums = torch.zeros(2, 64, dtype=torch.float64, device=device)  # losses and counts by octave
+    sums = empty_sums(device)
     for pack in packs:
         pack, positions = pack.to(device), pack.positions()
-        octave = positions.double().add(0.5).log2().floor().long().add(1).to(device)  # [T]
         losses = token_losses(
             model(pack.input_ids, cu_seqlens=pack.cu_seqlens).logits, pack.targets
         )
-        counted = pack.targets != IGNORED
-        sums.index_add_(1, octave, torch.stack([losses.double(), counted.double()]))
+        sums += octave_sums(losses, pack.targets, positions)
     model.train()
-    nats, counts = sums.tolist()
-    octaves = [
-        Octave(
-            start=2 ** (i - 1) if i else 0,
-            stop=2**i,
-            targets=int(count),
-            nats=total / count,
-            bits_per_byte=total / count * bits_per_byte_of_a_nat,
-        )
-        for i, (total, count) in enumerate(zip(nats, counts, strict=True))
-        if count
-    ]
-    mean = math.fsum(nats) / math.fsum(counts)
-    return Validation(mean, mean * bits_per_byte_of_a_nat, octaves)
+    return sums
+
+
+def octave_sums(losses: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
+    """Sums of losses and numbers of targets by octave of their position, `[2, 64]` float64.
+
+    All arguments are `[T]`; octave 0 is position 0, octave i from 2^(i-1) to 2^i.
+    """
+    octave = positions.double().add(0.5).log2().floor().long().add(1).to(losses.device)  # [T]
+    counted = targets != IGNORED
+    both = torch.stack([losses.double(), counted.double()])
+    return empty_sums(losses.device).index_add_(1, octave, both)
+
+
+def empty_sums(device: torch.device) -> Tensor:
+    """`octave_sums` of no tokens."""
+    return torch.zeros(2, 64, dtype=torch.float64, device=device)

@@ -17,6 +17,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lightning_backend": {},
     "softmax_backend": {},
     "out": {"metavar": "DIR"},
+    "dp": {"type": int},
 }
 
 
@@ -25,12 +26,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     helps = field_helps()
     for field in fields(TrainConfig):
         kind = type(field.default)
-        how = SPECIAL.get(field.name) or {"type": kind}
+        how = SPECIAL.get(field.name, {"type": kind})
         if kind is bool:
             how = {"action": "store_true"}
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, default=argparse.SUPPRESS, help=helps[field.name], **how)
-    text = "go on with the run in --out DIR, with the settings it began with"
+    text = "go on with the run in --out DIR, with its settings; a mesh and a device may be given"
     parser.add_argument("--resume", action="store_true", help=text)
 
 

@@ -10,10 +10,10 @@ SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """Context that shows steps, loss and tokens a second."""
 
-    def __init__(self, *, step: int, steps: int) -> None:
-        """A run of `steps` steps, `step` of which are done."""
-        self.steps, self._bar, self._last_line = steps, None, 0.0
-        if sys.stderr.isatty():
+    def __init__(self, *, step: int, steps: int, quiet: bool = False) -> None:
+        """A run of `steps` steps, `step` of which are done; `quiet` shows nothing."""
+        self.steps, self.quiet, self._bar, self._last_line = steps, quiet, None, 0.0
+        if sys.stderr.isatty() and not quiet:
             self._bar = _rich_bar()
         if self._bar is not None:
             self._task = self._bar.add_task("train", total=steps, completed=step, note="")
@@ -42,7 +42,7 @@ class Progress:
         """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
-        else:
+        elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
 

@@ -10,81 +10,100 @@ A step is a function of its number and of the state before it: learning rate, pa
 follow from the number alone; masters, AdamW's moments and the random generators are the state. So
 on a CPU (with the same number of threads) a run that was killed and resumed ends with the same bits
 as one that was not.
+
+The ranks of a job under torchrun all do what is written here, in step: the trainer spreads each step
+over them, rank 0 alone writes the log and what is not sharded, and checkpoints are folders that any
+number of ranks can go on from. Such a run has one process's losses but for the order of sums.
 """
 
 import json
 import math
 import time
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnlab.checks import expect
+from attnlab.distributed.launch import Job
 from attnlab.model.config import HybridConfig
 from attnlab.model.hybrid import HybridLM
-from attnlab.training.checkpoints import load_checkpoint, save_checkpoint, write_atomically
-from attnlab.training.config import DTYPES, TrainConfig, check_vocabulary, lab_model
+from attnlab.training.checkpoints import write_atomically
+from attnlab.training.config import MESH, PLACE, TrainConfig, check_vocabulary, lab_model
 from attnlab.training.data import read_corpus
 from attnlab.training.guard import NonFiniteError, StopSignal
 from attnlab.training.log import Record, RunLog
-from attnlab.training.objective import Validation, validate
+from attnlab.training.objective import Validation
 from attnlab.training.packing import Pack, PackedCorpus
 from attnlab.training.progress import Progress
 from attnlab.training.schedule import learning_rate_factor, linear_multiplier
+from attnlab.training.spread import check_ranks, trainer_of
 from attnlab.training.tokenizer import Tokenizer, load_tokenizer
-from attnlab.training.trainer import Trainer
 
 
 class TrainResult(NamedTuple):
     """What a run has come to.
 
     step: optimiser steps done.
+    out: folder of the run.
     model_path: folder of the trained model; None if a signal ended the run before its last step.
     validation: after the last step; None likewise.
     """
 
     step: int
+    out: Path
     model_path: Path | None
     validation: Validation | None
 
 
-def train(config: TrainConfig, *, model_config: HybridConfig | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, model_config: HybridConfig | None = None, job: Job | None = None
+) -> TrainResult:
     """Train a new model in the folder `config.out`.
 
-    `model_config` is for a model other than that of `config.size` and `config.variant`.
+    `model_config` is for a model other than that of `config.size` and `config.variant`, `job` for
+    training on its ranks, all of which have to call this and have to see the folder.
 
     Raises:
         ValueError: before any work, for a folder that holds a run, a corpus that can't be read or
-            is too short, or a tokenizer whose vocabulary exceeds the model's.
+            is too short, a tokenizer whose vocabulary exceeds the model's, or ranks among which
+            model and packs can't be spread.
         NonFiniteError: with the step and the layer; the last checkpoint stays.
         OSError: if a checkpoint can't be written; the one before stays.
     """
+    if job is not None:
+        config = replace(config, out=job.of_first(config.out))  # its name may hold the time
     out = Path(config.out)
     if (out / "run.json").exists():
         raise ValueError(f"expected a folder without a run, got {out}: resume it or choose another")
     tokenizer = load_tokenizer(config.tokenizer)
-    run = _Run(config, model_config or lab_model(config, tokenizer), tokenizer)
+    run = _Run(config, model_config or lab_model(config, tokenizer), tokenizer, job)
     record = {
         "train": asdict(config),
-        "model": run.trainer.model.config.to_dict(),
+        "model": run.model_config.to_dict(),
         "corpus": run.fingerprint,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2) + "\n"
-    write_atomically(out / "run.json", lambda path: path.write_text(text))
+    if run.trainer.leads:
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record, indent=2) + "\n"
+        write_atomically(out / "run.json", lambda path: path.write_text(text))
     return run.execute()
 
 
-def resume(out: str | Path) -> TrainResult:
+def resume(out: str | Path, *, job: Job | None = None, **place: Any) -> TrainResult:
     """Go on with the run in a folder after its last checkpoint, with the settings it began with.
+
+    `place` are settings among `PLACE`, which may differ: a job can go on with other ranks.
 
     Raises:
         ValueError: if there is no run, its corpus has changed, or a checkpoint is damaged; and
             what `train` raises.
     """
+    others = sorted(place.keys() - set(PLACE))
+    expect(not others, f"only {', '.join(PLACE)} to differ in a resumed run", others)
     path = Path(out) / "run.json"
     try:
         record = json.loads(path.read_text())
@@ -92,9 +111,10 @@ def resume(out: str | Path) -> TrainResult:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"expected a run to resume in {out}, got {error!r}") from None
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    config = TrainConfig(**settings)
+    device = {} if job is None else {"device": job.device_type}
+    config = TrainConfig(**settings | device | place)
     model_config = HybridConfig.from_dict(record["model"])
-    run = _Run(config, model_config, load_tokenizer(config.tokenizer))
+    run = _Run(config, model_config, load_tokenizer(config.tokenizer), job)
     if run.fingerprint != record["corpus"]:
         raise ValueError(f"expected the corpus that the run in {out} began with, got another")
     return run.execute()
@@ -104,12 +124,31 @@ class _Run:
     """A run in memory: its data, its trainer, and how many steps are done."""
 
     def __init__(
-        self, config: TrainConfig, model_config: HybridConfig, tokenizer: Tokenizer
+        self,
+        config: TrainConfig,
+        model_config: HybridConfig,
+        tokenizer: Tokenizer,
+        job: Job | None,
     ) -> None:
-        self.config, self.tokenizer, self.out = config, tokenizer, Path(config.out)
+        self.config, self.model_config = config, model_config
+        self.tokenizer, self.out = tokenizer, Path(config.out)
         check_vocabulary(tokenizer, model_config.vocab_size)
+        self._read_corpus()
+        check_ranks(config, job, validation_len=self.validation_data.pack_len)
+        meshes = None
+        if job is not None:
+            # Also waits until every rank has looked for a run in the folder.
+            job.check_same(_settings_of(config), "settings")
+            job.check_same(self.fingerprint, "corpus")
+            meshes = job.meshes(**{axis: getattr(config, axis) for axis in MESH})
+        self.trainer = trainer_of(config, self._new_model(), meshes)
+        self.step, self.saved_step = 0, -1  # -1: nothing is saved
+
+    def _read_corpus(self) -> None:
+        """Packs to train on and to validate on."""
+        config = self.config
         training, self.held_out = read_corpus(
-            config.corpus, tokenizer, validation_share=config.validation_share
+            config.corpus, self.tokenizer, validation_share=config.validation_share
         )
         self.fingerprint = training.fingerprint() + self.held_out.fingerprint()
         self.data = PackedCorpus(
@@ -122,28 +161,28 @@ class _Run:
             seq_len=config.seq_len,
             seed=0,
         )
+
+    def _new_model(self) -> HybridLM:
+        config = self.config
         torch.manual_seed(config.seed)
-        model = HybridLM(model_config, device=torch.device(config.device), dtype=torch.float32)
+        device = torch.device(config.device)
+        model = HybridLM(self.model_config, device=device, dtype=torch.float32)
         model.use_backend(lightning=config.lightning_backend, softmax=config.softmax_backend)
         model.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
             for layer in model.model.layers:
                 layer.compile()
-        self.trainer = Trainer(
-            model,
-            dtype=DTYPES[config.dtype],
-            weight_decay=config.weight_decay,
-            clip_norm=config.clip_norm,
-        )
-        self.step, self.saved_step = 0, -1  # -1: nothing is saved
+        return model
 
     def execute(self) -> TrainResult:
         """All steps that are left, and the model's folder at their end."""
         config, validation = self.config, None
         self._restore()
+        leads = self.trainer.leads
+        path = self.out / "log.jsonl" if leads else None
         with (
-            closing(RunLog(self.out / "log.jsonl", step=self.saved_step)) as self.log,
-            Progress(step=self.step, steps=config.steps) as self.progress,
+            closing(RunLog(path, step=self.saved_step)) as self.log,
+            Progress(step=self.step, steps=config.steps, quiet=not leads) as self.progress,
             StopSignal() as stop,
         ):
             if self.step == 0:
@@ -152,7 +191,7 @@ class _Run:
             while self.step < config.steps:
                 self.step += 1
                 self.window.append((self.step, *self._train_step()))
-                stopping, last = stop.caught, self.step == config.steps
+                stopping, last = self.trainer.any(stop.caught), self.step == config.steps
                 validating = last or self.step % config.validate_every == 0
                 saving = last or stopping or self.step % config.checkpoint_every == 0
                 if validating or saving or self.step % config.log_every == 0:
@@ -166,8 +205,8 @@ class _Run:
                 if stopping:
                     break
         if self.step < config.steps:
-            return TrainResult(self.step, None, None)
-        return TrainResult(self.step, self._export(), validation)
+            return TrainResult(self.step, self.out, None, None)
+        return TrainResult(self.step, self.out, self._export(), validation)
 
     def _packs(self, step: int) -> list[Pack]:
         """The packs of a step, the next ones in the order of the data."""
@@ -234,11 +273,9 @@ class _Run:
         """Losses on the validation documents, always on the same packs."""
         count = max(1, self.config.validation_tokens // self.validation_data.pack_len)
         count = min(count, self.validation_data.packs_per_pass)
-        result = validate(
-            self.trainer.model,
-            map(self.validation_data.pack, range(count)),
-            bits_per_byte_of_a_nat=self.held_out.bits_per_byte_of_a_nat,
-        )
+        sums = self.trainer.evaluate([self.validation_data.pack(i) for i in range(count)])
+        bits = self.held_out.bits_per_byte_of_a_nat
+        result = Validation.of(sums, bits_per_byte_of_a_nat=bits)
         self.log.write([{"event": "validation", "step": self.step, **result.record()}])
         self.progress.say(
             f"step {self.step}: validation loss {result.nats:.4f}, "
@@ -247,21 +284,25 @@ class _Run:
         return result
 
     def _save(self) -> None:
-        state = {"step": self.step, **self.trainer.state_dict()}
         keep = self.config.keep_checkpoints
-        save_checkpoint(self.out / "checkpoints", self.step, state, keep=keep)
+        self.trainer.save(self.out / "checkpoints", self.step, keep=keep)
         self.saved_step = self.step
 
     def _restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
-        state = load_checkpoint(self.out / "checkpoints")
-        if state is not None:
-            self.trainer.load_state_dict(state)
-            self.step = self.saved_step = state["step"]
+        step = self.trainer.load(self.out / "checkpoints")
+        if step:
+            self.step = self.saved_step = step
 
     def _export(self) -> Path:
         """The folder of the trained model, in the dtype it was trained in, with its tokenizer."""
         folder = self.out / "model"
-        self.trainer.model.save_pretrained(folder, layout="transformers")
-        self.tokenizer.save(folder)
+        self.trainer.export(folder)
+        if self.trainer.leads:
+            self.tokenizer.save(folder)
         return folder
+
+
+def _settings_of(config: TrainConfig) -> str:
+    """What has to be the same on all ranks; paths may differ between machines."""
+    return json.dumps(asdict(replace(config, corpus=(), tokenizer="", out="")))

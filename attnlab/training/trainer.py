@@ -1,23 +1,31 @@
-"""One optimiser step of a model over a list of packs, and the state that outlives a process.
+"""One optimiser step of a model over a list of packs, its losses, and its state on disk.
 
-Nothing here knows of files, schedules or the corpus.
+Nothing here knows of schedules or the corpus. `attnlab.training.ranks` has the same for many ranks.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnlab.model.hybrid import HybridLM
+from attnlab.training.checkpoints import load_checkpoint, save_checkpoint
 from attnlab.training.guard import first_non_finite
-from attnlab.training.objective import backward
+from attnlab.training.objective import backward, sum_losses
 from attnlab.training.optimizer import MasterAdamW
 from attnlab.training.packing import Pack
 
 
 class Trainer:
     """A model in training mode with its masters and moments."""
+
+    leads = True
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process of the run says so: there is one."""
+        return flag
 
     def __init__(
         self, model: HybridLM, *, dtype: torch.dtype, weight_decay: float, clip_norm: float
@@ -52,7 +60,32 @@ class Trainer:
             for pack in packs:
                 backward(self.model, pack.to(self.device), num_targets=pack.num_targets)
 
-        return first_non_finite(self.model, run) or "the norm of the gradient"
+        first = first_non_finite(self.model, run)
+        return first.what if first else "the norm of the gradient"
+
+    def evaluate(self, packs: Sequence[Pack]) -> Tensor:
+        """`octave_sums` of all packs."""
+        return sum_losses(self.model, packs)
+
+    def save(self, folder: Path, step: int, *, keep: int) -> None:
+        """Write a checkpoint; see `save_checkpoint`."""
+        save_checkpoint(folder, step, {"step": step, **self.state_dict()}, keep=keep)
+
+    def load(self, folder: Path) -> int:
+        """Take the last checkpoint back; returns its step, 0 for none.
+
+        Raises:
+            ValueError: for a damaged checkpoint, or one of a job of ranks.
+        """
+        state = load_checkpoint(folder)
+        if state is None:
+            return 0
+        self.load_state_dict(state)
+        return state["step"]
+
+    def export(self, folder: Path) -> None:
+        """Write the model in the dtype it was trained in."""
+        self.model.save_pretrained(folder, layout="transformers")
 
     def state_dict(self) -> dict[str, Any]:
         """Masters, moments and random generators."""
