@@ -3,24 +3,16 @@
 The kernels run on a GPU or under Triton's interpreter, which `tests/test_triton.py` starts.
 """
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from attnlab.model import norm as norm_module
 from attnlab.model.norm import RMSNorm
+from tests.kernel_cases import as_exact, differentiated, random, runs_kernels
 
-CAN_RUN = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-runs_kernels = pytest.mark.skipif(not CAN_RUN, reason="needs a GPU or TRITON_INTERPRET=1")
 EPS = 1e-5
 FORMS = ["alone", "sum", "gate", "sum and gate"]
-
-
-def random(*shape, dtype=torch.float64, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
 
 def arguments_of(form, shape, dtype, device):
@@ -34,21 +26,6 @@ def definition(x, plus, gate, weight, alpha, beta):
     z = x if plus is None else alpha * x + beta * plus
     normed = weight * z / (z.square().mean(-1, keepdim=True) + EPS).sqrt()
     return normed if gate is None else normed * gate.sigmoid()
-
-
-def differentiated(function, tensors, grad):
-    leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
-    output = function(*leaves)
-    given = [x for x in leaves if x is not None]
-    return [output.detach(), *torch.autograd.grad(output, given, grad)]
-
-
-def as_exact(actual, expected, dtype, num_terms):
-    """Rounded once, behind float32 sums of `num_terms`, whose errors grow as the root of that."""
-    rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
-    tolerance = rounding + 8 * num_terms**0.5 * torch.finfo(torch.float32).eps
-    size = expected.abs() + (expected.abs().mean() if expected.numel() else 0.0)
-    assert ((actual.double() - expected).abs() <= tolerance * size).all()
 
 
 @runs_kernels

@@ -4,8 +4,12 @@ Legend: B batch (1 if packed), T tokens, D channels, W taps, N sequences.
 
 y_t = sum over w < W of weight[:, W-1-w] * x_{t-w}, with zeros before the start of a sequence. What
 continues a sequence are its last W-1 inputs, which the layer's cache keeps.
+
+On a GPU it is the kernels of `kernels_triton.convolution`, but for packed sequences that continue
+others; elsewhere torch's.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cache import LayerCache
+from attnlab.custom_op import CustomOp
 from attnlab.model.placement import Placement
+
+_HAS_TRITON = find_spec("triton") is not None
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class ShortConvolution(nn.Module):
@@ -33,6 +41,12 @@ class ShortConvolution(nn.Module):
         return self._packed(x, place.sequence[0], place.cu_seqlens, before)
 
     def _dense(self, x: Tensor, before: Tensor | None) -> Tensor:
+        if _fused(x, self.weight):
+            output = _convolution(x, self.weight, None, before)
+            if before is not None:
+                gap = self.width - 1
+                before.copy_(torch.cat([before.to(x.dtype), x[:, -gap:]], 1)[:, -gap:])
+            return output
         if before is None:
             return self._taps(F.pad(x, (0, 0, self.width - 1, 0)))
         joined = torch.cat([before.to(x.dtype), x], 1)  # [B, W-1+T, D]
@@ -41,6 +55,8 @@ class ShortConvolution(nn.Module):
 
     def _packed(self, x: Tensor, sequence: Tensor, bounds: Tensor, before: Tensor | None) -> Tensor:
         """Put W-1 inputs before each sequence, so that none reaches into another."""
+        if before is None and _fused(x, self.weight):
+            return _convolution(x, self.weight, sequence, None)
         num_tokens, channels = x.shape[1:]
         gap, num_sequences = self.width - 1, bounds.shape[0] - 1
         token = torch.arange(num_tokens, device=x.device)
@@ -59,3 +75,55 @@ class ShortConvolution(nn.Module):
         """`[B, T, D]` from `[B, W-1+T, D]`."""
         weight = self.weight[:, None]  # [D, 1, W]
         return F.conv1d(joined.mT, weight, groups=weight.shape[0]).mT
+
+
+def _fused(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels take a call: what torch casts first is left to torch."""
+    if not (x.is_cuda and _HAS_TRITON and x.dtype in _DTYPES and x.dtype == weight.dtype):
+        return False
+    return not torch.is_autocast_enabled("cuda")
+
+
+def _convolve(x: Tensor, weight: Tensor, sequence: Tensor | None, before: Tensor | None) -> Tensor:
+    from kernels_triton import convolution
+
+    before = None if before is None else before.contiguous()
+    return convolution.convolution(x.contiguous(), weight.contiguous(), sequence, before)
+
+
+def _fake_convolve(
+    x: Tensor, weight: Tensor, sequence: Tensor | None, before: Tensor | None
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _differentiate(
+    grad: Tensor, x: Tensor, weight: Tensor, sequence: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from kernels_triton import convolution
+
+    tensors = grad.contiguous(), x.contiguous(), weight.contiguous()
+    return convolution.convolution_backward(*tensors, sequence)
+
+
+def _fake_differentiate(
+    grad: Tensor, x: Tensor, weight: Tensor, sequence: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+_gradients = CustomOp("short_convolution_backward", _differentiate, _fake_differentiate)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    assert inputs[3] is None, "a call that continues sequences has no gradient"
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *_gradients(grad, *ctx.saved_tensors), None, None
+
+
+_convolution = CustomOp(
+    "short_convolution", _convolve, _fake_convolve, setup_context=_save, backward=_autograd_backward
+)
