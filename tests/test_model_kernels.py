@@ -14,7 +14,7 @@ import torch
 from tests.test_triton import CAN_RUN, ROOT, CompilingDriver, print_row
 
 CASES = [(torch.bfloat16, 32), (torch.bfloat16, 128), (torch.bfloat16, 6144), (torch.float32, 128)]
-KERNELS = ("rms_norm", "convolution", "column_sums")
+KERNELS = ("rms_norm", "convolution", "silu_heads", "column_sums")
 
 
 @pytest.mark.skipif(CAN_RUN, reason="compiled where no kernel can run")
@@ -34,12 +34,17 @@ def test_all_compile_without_spills(capability):
 
 def calls(dtype, width, num_tokens):
     """Every kernel on `[T, D]`, in all its forms."""
-    from kernels_triton import convolution, norm
+    from kernels_triton import convolution, heads, norm
 
     x = torch.empty(num_tokens, width, dtype=dtype)
     for optional in ({}, {"y": x, "gate": x}):
         norm.rms_norm(x, x[0], 1e-5, **optional)
         norm.rms_norm_backward(x, x, x[0], 1e-5, **optional)
+    qkv = torch.empty(1, num_tokens, 3 * width, dtype=dtype)
+    grads = heads.silu_heads(qkv, min(width, 256))
+    heads.silu_heads_backward(grads, qkv, heads_first=False)
+    grads = [grad.transpose(1, 2).contiguous() for grad in grads]
+    heads.silu_heads_backward(grads, qkv, heads_first=True)
     x, taps = x[None], torch.empty(width, 4, dtype=dtype)
     sequence = torch.zeros(num_tokens, dtype=torch.int64)
     convolution.convolution(x, taps, before=torch.empty(1, 3, width, dtype=dtype))

@@ -43,7 +43,7 @@ def run_python(*arguments, interpret):
 
 @pytest.mark.skipif(CAN_RUN, reason="the kernels run in this process")
 def test_everything_here_passes_interpreted():
-    names = "backends", "triton", "slots", "norm", "convolution"
+    names = "backends", "triton", "slots", "norm", "convolution", "heads"
     files = [f"tests/test_{name}.py" for name in names]
     result = run_python("-m", "pytest", "-q", "-x", "-k", "triton", *files, interpret=True)
     assert result.returncode == 0, result.stdout[-4000:]

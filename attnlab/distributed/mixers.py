@@ -25,6 +25,7 @@ from attnlab.distributed.pack import PackPlan
 from attnlab.distributed.ring import ring_attention
 from attnlab.model.attention import Angles, LightningMixer, SoftmaxMixer
 from attnlab.model.convolution import ShortConvolution
+from attnlab.model.heads import silu_heads
 from attnlab.model.placement import Placement
 
 
@@ -79,9 +80,8 @@ class ContextLightning(LightningMixer):
         if self.conv is not None:
             whole = self.conv(whole, place, cache)
         own = _own(self.num_heads * self.head_dim, tp)
-        qkv = F.silu(F.linear(whole, self.qkv_proj.weight[_own(self.qkv_proj.out_features, tp)]))
-        heads = qkv.unflatten(-1, (-1, 3, self.head_dim))  # [1, L, h, 3, K]
-        query, key, value = (x.transpose(1, 2) for x in heads.unbind(3))
+        qkv = F.linear(whole, self.qkv_proj.weight[_own(self.qkv_proj.out_features, tp)])
+        query, key, value = silu_heads(qkv, self.head_dim)  # [1, h, L, K]
         mixed = self._attend(query, key, value, place, cache).transpose(1, 2).flatten(2)
         normed = _norm_over_ranks(mixed, self.norm, own, tp)  # [1, L, h K]
         gated = torch.sigmoid(F.linear(whole, self.output_gate.weight[own])) * normed

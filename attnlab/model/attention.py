@@ -11,7 +11,6 @@ or None for the first that can run a call.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cache import KVCache, StateCache
@@ -26,6 +25,7 @@ from attnlab.functional import (
 )
 from attnlab.model.config import HybridConfig
 from attnlab.model.convolution import ShortConvolution
+from attnlab.model.heads import silu_heads
 from attnlab.model.norm import RMSNorm
 from attnlab.model.placement import Placement
 from attnlab.model.rotary import rotate
@@ -63,8 +63,7 @@ class LightningMixer(nn.Module):
         """Mix `[B, T, D]` along the tokens of each sequence; `angles` are not used."""
         if self.conv is not None:
             hidden = self.conv(hidden, place, cache)
-        qkv = F.silu(self.qkv_proj(hidden)).unflatten(-1, (self.num_heads, 3, self.head_dim))
-        query, key, value = (x.transpose(1, 2) for x in qkv.unbind(3))  # [B, H, T, K]
+        query, key, value = silu_heads(self.qkv_proj(hidden), self.head_dim)  # [B, H, T, K]
         mixed = self._attend(query, key, value, place, cache)
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, T, H K]
         return self.out_proj(self.norm(mixed, gate=self.output_gate(hidden)))
