@@ -6,8 +6,11 @@ fragments of this rank.
 Each rank runs the op of the registry on its own tokens, every fragment from a zero state, and
 leaves a state a chunk. Those states cross the ranks (`states`) while the op runs, and what enters a
 chunk is added to its first fragment: o_t += scale exp(g (t - lo + 1)) q_t P, lo its first token.
-Alternatively (`overlap=False`) the op itself starts from P, which saves that product and waits for
-the exchange. In the backward the gradients of P cross while the op's own backward runs (`overlap`).
+In the backward the gradients of P cross while the op's own backward runs.
+
+Alternatively (`overlap=False`) the op itself starts from P, and its backward from the gradient of
+what it leaves: both wait for the exchange, which saves that product, and all sums stay inside the
+op, whose 16-bit results are rounded once.
 """
 
 from functools import partial
@@ -69,13 +72,10 @@ def lasp_attention(
     if not plan.crosses_chunks:
         return lightning_attention_varlen(*inputs, bounds, **flags).output
     exchange = _exchange(plan, group, log_decay, method, epsilon)
+    if not overlap:
+        return _Fused.apply(*inputs, plan, exchange, group.rank, flags)
     left = _outgoing(key, value, log_decay, plan, group.rank, backend)  # [m, H, K, V]
     transit = begin(left, *(partial(exchange.start, backward=x) for x in (False, True)))
-    if not overlap:
-        entering = transit.end()
-        initial = _initial_states(entering, plan, group.rank, bounds.shape[0] - 1)
-        output = lightning_attention_varlen(*inputs, bounds, initial_state=initial, **flags).output
-        return output + 0 * initial.sum() if output.numel() == 0 else output
     output = lightning_attention_varlen(*inputs, bounds, **flags).output
     entering = transit.end()  # [m, H, K, V]
     return _add_past(output, query, entering, log_decay, plan, group.rank, scale, precision)
@@ -114,21 +114,98 @@ def _outgoing(
         states.append(state[0] + (key[:, :, :0].sum() + value[:, :, :0].sum()))
     if not states:
         dtype = torch.promote_types(key.dtype, torch.float32)
-        shape = 0, key.shape[1], key.shape[3], value.shape[3]
-        return key.new_zeros(shape, dtype=dtype) + (key[:, :, :0].sum() + value[:, :, :0].sum())
+        return key.new_zeros(0, *_state_shape(key, value), dtype=dtype) + (
+            key[:, :, :0].sum() + value[:, :, :0].sum()
+        )
     return torch.stack(states)
 
 
-def _initial_states(entering: Tensor, plan: PackPlan, rank: int, num_fragments: int) -> Tensor:
-    """`[F, H, K, V]`: what enters each fragment, zero but at the first of a chunk."""
-    firsts, count = [], 0
+class _Fused(torch.autograd.Function):
+    """The op between two exchanges: it starts from what enters, its backward from what D is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor,
+        plan: PackPlan,
+        exchange: Exchange,
+        rank: int,
+        flags: dict[str, Any],
+    ) -> Tensor:
+        left = _outgoing(key, value, log_decay, plan, rank, flags["backend"])
+        entering = exchange.start(left, backward=False).wait()
+        initial = _at_fragments(entering, plan, rank, last=False)
+        needed = ctx.needs_input_grad[:3]
+        with torch.set_grad_enabled(any(needed)):
+            leaves = [x.detach().requires_grad_(any(needed)) for x in (query, key, value)]
+            q, k, v = leaves
+            bounds = plan.local_cu_seqlens(rank)
+            states: dict[str, Any] = {"initial_state": initial, "return_final_state": True}
+            output, final = lightning_attention_varlen(
+                q, k, v, log_decay, bounds, **flags, **states
+            )
+        ctx.graph = leaves, output, final
+        ctx.rest = log_decay, plan, exchange, rank, flags
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        leaves, output, final = ctx.graph
+        log_decay, plan, exchange, rank, flags = ctx.rest
+        entered = _entered(leaves[0], grad, log_decay, plan, rank, flags)
+        left = exchange.start(entered, backward=True).wait()  # D of each own chunk
+        none = (None,) * 5
+        if not output.numel():
+            return *(torch.zeros_like(x) for x in leaves), *none
+        outer = grad, _at_fragments(left, plan, rank, last=True)
+        # Kept, since a caller may walk its own graph again.
+        grads = torch.autograd.grad((output, final), leaves, outer, retain_graph=True)
+        return *grads, *none
+
+
+def _entered(
+    query: Tensor,
+    grad: Tensor,
+    log_decay: Tensor,
+    plan: PackPlan,
+    rank: int,
+    flags: dict[str, Any],
+) -> Tensor:
+    """Gradients `[m, H, K, V]` of the states that enter: scale exp(g (t - lo + 1)) q_t do_t, summed.
+
+    Seen from its end, a first fragment leaves this sum as a state does.
+    """
+    backend = flags["backend"] if flags["backend"] in list_backends("lightning_state") else None
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    found = query.new_zeros(len(plan.chunks(rank)), *_state_shape(query, grad), dtype=dtype)
+    step = torch.exp(log_decay.to(query.device, dtype))[:, None, None] * flags["scale"]
+    for slot, chunk in enumerate(plan.chunks(rank)):
+        if plan.continues(chunk):
+            own = slice(*plan.local(chunk, plan.first_fragment(chunk)))
+            q, do = (x[:, :, own].detach().flip(2) for x in (query, grad))
+            found[slot] = step * lightning_state(q, do, log_decay, backend=backend)[0]
+    return found
+
+
+def _state_shape(key: Tensor, value: Tensor) -> tuple[int, int, int]:
+    return key.shape[1], key.shape[3], value.shape[3]
+
+
+def _at_fragments(states: Tensor, plan: PackPlan, rank: int, *, last: bool) -> Tensor:
+    """`[F, H, K, V]`: each own chunk's state at its first or `last` fragment, zero elsewhere."""
+    places, count = [], 0
+    num_fragments = plan.local_cu_seqlens(rank).shape[0] - 1
     for chunk in plan.chunks(rank):
         fragments = len(plan.fragments(chunk))
-        firsts.append(count if fragments else num_fragments)
+        place = count + fragments - 1 if last else count
+        places.append(place if fragments else num_fragments)
         count += fragments
-    states = entering.new_zeros(num_fragments + 1, *entering.shape[1:])
-    index = torch.tensor(firsts, device=entering.device, dtype=torch.int64)
-    return states.index_add(0, index, entering)[:num_fragments]  # an empty chunk's goes to the rest
+    found = states.new_zeros(num_fragments + 1, *states.shape[1:])
+    index = torch.tensor(places, device=states.device, dtype=torch.int64)
+    return found.index_add(0, index, states)[:num_fragments]  # an empty chunk's goes to the rest
 
 
 def _add_past(
