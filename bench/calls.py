@@ -106,7 +106,7 @@ def prepare(point: Point, source: Source, device: str) -> Call:
     shapes = {"key": point.kv_heads, "value": point.kv_heads}
     tensors = [_tensor(n, shapes.get(n, point.heads), point, source, device) for n in names]
     inputs = Inputs(*tensors[:3], grad_output=tensors[3] if len(tensors) == 4 else None)
-    inputs = replace(inputs, log_decay=_log_decay(point, device))
+    inputs = replace(inputs, log_decay=log_decay_of(point, device))
     forward = _forward(point, inputs)
     check = check_lightning if point.op == "lightning" else check_softmax
     size = _bytes(*tensors)
@@ -153,7 +153,8 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _log_decay(point: Point, device: str) -> Tensor | None:
+def log_decay_of(point: Point, device: str) -> Tensor | None:
+    """Decays `[H]` of the point's layer; None for softmax."""
     if point.op == "softmax":
         return None
     layer, num_layers = (int(x) for x in point.layer.split("/"))
@@ -174,7 +175,7 @@ def _forward(point: Point, inputs: Inputs) -> Callable[[], Tensor]:
 def _lightning_decode(point: Point, source: Source, device: str) -> Call:
     context = replace(point, q_len=min(point.q_len, STATE_TOKENS))
     q, k, v = (_tensor(n, point.heads, context, source, device) for n in ("query", "key", "value"))
-    g = _log_decay(point, device)
+    g = log_decay_of(point, device)
     state = reference.lightning_state(k, v, g)
     step = [x[:, :, -1:].contiguous() for x in (q, k, v)]
     del q, k, v

@@ -17,10 +17,10 @@ import numpy as np
 
 POINT_FIELDS = (
     *("suite", "op", "backend", "pass", "batch", "heads", "kv_heads", "q_len", "head_dim"),
-    *("value_dim", "dtype", "device", "model", "layer", "precision", "input"),
+    *("value_dim", "dtype", "device", "model", "layer", "precision", "input", "ranks"),
 )
 SERIES_FIELDS = (
-    *("suite", "op", "backend", "pass", "model", "heads", "head_dim", "dtype", "device"),
+    *("suite", "op", "backend", "pass", "model", "heads", "head_dim", "dtype", "device", "ranks"),
 )
 NUM_DRAWS = 2000  # bootstrap draws
 ERROR_FLOOR = 0.004  # no median is trusted to better than 0.4 %

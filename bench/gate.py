@@ -60,8 +60,14 @@ def window_spans(num_tokens: int) -> list[Span]:
     return [(s, num_tokens if s == last else s + WINDOW) for s in starts]
 
 
-def check_lightning(inputs: Inputs, results: Results) -> Verdict:
-    """Judge output (and grad_query, grad_key, grad_value where there) of a call from zero state."""
+def check_lightning(
+    inputs: Inputs, results: Results, *, past: Pair | None = None, future: Pair | None = None
+) -> Verdict:
+    """Judge output (and grad_query, grad_key, grad_value where there) of a call from zero state.
+
+    `past` and `future` are for a call that is a part of a longer one: the states that the tokens
+    before it leave, and those that the tokens behind it leave when seen from the end.
+    """
     q, k, v, g, do = (
         inputs.query,
         inputs.key,
@@ -71,33 +77,38 @@ def check_lightning(inputs: Inputs, results: Results) -> Verdict:
     )
     found = {}
     spans = window_spans(q.shape[2])
-    past = stream_states(k, v, g, [start for start, _ in spans])
-    found["output"] = _compare(results["output"], (q, k, v), g, spans, past, False)
+    before = stream_states(k, v, g, [start for start, _ in spans], begin=past)
+    found["output"] = _compare(results["output"], (q, k, v), g, spans, before, False)
     if "grad_query" in results:
-        transposed = [(a.mT, b.mT) for a, b in past]
+        transposed = [(a.mT, b.mT) for a, b in before]
         found["grad_query"] = _compare(
             results["grad_query"], (do, v, k), g, spans, transposed, False
         )
         # Seen from the end, the gradients of key and value are scans of the same shape.
         back = [(q.shape[2] - stop, q.shape[2] - start) for start, stop in spans]
-        future = stream_states(q, do, g, [start for start, _ in back], reverse=True)
-        transposed = [(a.mT, b.mT) for a, b in future]
+        starts = [start for start, _ in back]
+        after = stream_states(q, do, g, starts, reverse=True, begin=future)
+        transposed = [(a.mT, b.mT) for a, b in after]
         found["grad_key"] = _compare(results["grad_key"], (v, do, q), g, back, transposed, True)
-        found["grad_value"] = _compare(results["grad_value"], (k, q, do), g, back, future, True)
+        found["grad_value"] = _compare(results["grad_value"], (k, q, do), g, back, after, True)
     return Verdict.of(found)
 
 
 def stream_states(
-    k: Tensor, v: Tensor, log_decay: Tensor, stops: list[int], *, reverse: bool = False
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    stops: list[int],
+    *,
+    reverse: bool = False,
+    begin: Pair | None = None,
 ) -> list[Pair]:
     """States `[B, H, K, V]` after the first `stop` tokens (from the end, if reversed), for each.
 
-    The oracle is one float64 product a block of tokens, the baseline the chunked float32 stream
+    They start from `begin`, by default from zero. The oracle is one float64 product a block of tokens, the baseline the chunked float32 stream
     with operands rounded to the inputs' dtype.
     """
-    shape = (*k.shape[:2], k.shape[3], v.shape[3])
-    exact = torch.zeros(shape, dtype=torch.float64, device=k.device)
-    plain = torch.zeros(shape, dtype=torch.float32, device=k.device)
+    exact, plain = begin or zero_states(k, v)
     states: dict[int, Pair] = {}
     position = 0
     for stop in sorted(set(stops)):
@@ -109,6 +120,13 @@ def stream_states(
             position = end
         states[stop] = exact, plain
     return [states[stop] for stop in stops]
+
+
+def zero_states(k: Tensor, v: Tensor) -> Pair:
+    """The two states before the first token."""
+    shape = (*k.shape[:2], k.shape[3], v.shape[3])
+    exact = torch.zeros(shape, dtype=torch.float64, device=k.device)
+    return exact, exact.float()
 
 
 def _take(x: Tensor, start: int, stop: int, reverse: bool) -> Tensor:

@@ -62,22 +62,27 @@ class Source:
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: str,
+        *,
+        start: int = 0,
     ) -> list[Tensor]:
-        """One `[B, H, T, D]` tensor of about unit variance a name; a name has its own weights."""
+        """One `[B, H, T, D]` tensor of about unit variance a name; a name has its own weights.
+
+        `start` is the first token's place in a longer sequence, of which this is a part (B = 1).
+        """
         tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in names]
         for name, x in zip(names, tensors, strict=True):
             seed = self.seed * 1000 + sum(name.encode())
             generator = torch.Generator(device).manual_seed(seed)
             if self.kind == "random":
-                x.normal_(generator=generator)
+                x.normal_(generator=generator.manual_seed(seed + (start << 20)))
             else:
-                self._project(x, generator)
+                self._project(x, generator, start)
         return tensors
 
-    def _project(self, x: Tensor, generator: torch.Generator) -> None:
+    def _project(self, x: Tensor, generator: torch.Generator, first: int) -> None:
         """Fill `x` block by block of tokens, so that no second tensor of its size is needed."""
         batch, heads, num_tokens, dim = x.shape
-        check_corpus(self.corpus, batch * num_tokens)
+        check_corpus(self.corpus, first + batch * num_tokens)
         data = corpus_bytes(self.corpus)
         table_generator = torch.Generator(x.device).manual_seed(self.seed)
         tables = torch.randn(
@@ -88,7 +93,7 @@ class Source:
         for b in range(batch):
             for start in range(0, num_tokens, BLOCK):
                 stop = min(start + BLOCK, num_tokens)
-                embedded = self._embed(data, b * num_tokens + start, stop - start, tables)
+                embedded = self._embed(data, first + b * num_tokens + start, stop - start, tables)
                 block = (embedded @ weight).view(stop - start, heads, dim)
                 x[b, :, start:stop] = block.transpose(0, 1)
 

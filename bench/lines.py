@@ -23,7 +23,7 @@ PASSES = {
 VARIANTS = ("kv_heads", "layer", "precision", "input")  # named where one op has several
 BACKENDS = (
     *("attnlab", "transformers", "triton", "cuda", "torch", "sdpa", "flash", "cudnn", "fla"),
-    "reference",
+    *("lasp+", "ring", "reference"),
 )
 
 
@@ -97,7 +97,8 @@ def lines_of(rows: Iterable[Row], pass_name: str) -> list[Line]:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         varying = [n for (op, n), seen in values.items() if op == row["op"] and len(seen) > 1]
-        variant = "".join(f", {name} {row.get(name)}" for name in varying)
+        variant = f", {row['ranks']} ranks" if row.get("ranks") else ""
+        variant += "".join(f", {name} {row.get(name)}" for name in varying)
         groups.setdefault((row["op"], row["backend"], variant), []).append(row)
     lines = [Line(*key, found) for key, found in groups.items()]
     order = {name: i for i, name in enumerate(BACKENDS)}
@@ -105,8 +106,12 @@ def lines_of(rows: Iterable[Row], pass_name: str) -> list[Line]:
 
 
 def fastest(lines: Iterable[Line], op: str) -> Line | None:
-    """The backend of an op, the naive reference aside, that has the least time at most lengths."""
-    candidates = [line for line in lines if line.op == op and line.backend != "reference"]
+    """The backend of an op that has the least time at most lengths, in one process.
+
+    The naive reference is left out.
+    """
+    own = [line for line in lines if not any(row.get("ranks") for row in line.rows)]
+    candidates = [line for line in own if line.op == op and line.backend != "reference"]
     best: dict[int, tuple[float, int]] = {}
     for i, line in enumerate(candidates):
         for point in line.points():

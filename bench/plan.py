@@ -25,6 +25,8 @@ SOURCES = {
     "fla": ["attnlab/fla.py"],
     "triton": ["kernels_triton", "attnlab/planner.py", "attnlab/segments.py"],
     "cuda": ["kernels_cuda", "attnlab/planner.py", "attnlab/segments.py"],
+    "lasp+": ["attnlab/distributed", "attnlab/chunked.py", "kernels_triton", "attnlab/planner.py"],
+    "ring": ["attnlab/distributed", "attnlab/sdpa.py"],
     "attnlab": [  # a whole model
         *(
             "attnlab/model",

@@ -54,6 +54,8 @@ LOOKS = {
     ("softmax", "flash"): ("#E69F00", "P"),
     ("softmax", "cudnn"): ("#CC79A7", "<"),
     ("softmax", "triton"): ("#882255", "H"),
+    ("lightning", "lasp+"): ("#332288", ">"),
+    ("softmax", "ring"): ("#AA4400", "8"),
     ("softmax", "reference"): ("#777777", "h"),
 }
 MODEL_LOOKS = {  # whole models have figures of their own
@@ -63,7 +65,7 @@ MODEL_LOOKS = {  # whole models have figures of their own
     ("hybrid", "transformers"): ("#000000", "D"),
 }
 OTHER_COLOURS = {"lightning": "#004D73", "softmax": "#8A3D00"}  # backends that LOOKS lacks
-OTHER_MARKERS = ">8d"
+OTHER_MARKERS = "d"
 OP_DASHES = {"lightning": "-", "hybrid": "-", "softmax": (0, (8, 1.5, 1.5, 1.5))}
 PREDICTED_DASHES = (0, (3, 2.5))
 NOTES = {  # kinds of hollow points: marker ("": the line's own), explanation in the legend

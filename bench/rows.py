@@ -37,10 +37,14 @@ class Point:
     precision: str
     input: str
     model: str | None = None
+    ranks: int | None = None  # that share the sequence; a point of one process has no such field
 
     def fields(self) -> Row:
         """The point's fields under the names they have in a row."""
-        return {name.rstrip("_"): value for name, value in asdict(self).items()}
+        found = {name.rstrip("_"): value for name, value in asdict(self).items()}
+        if self.ranks is None:
+            del found["ranks"]
+        return found
 
     def key(self, fingerprint: str) -> str:
         """Identity of the point, given the sources that it runs."""

@@ -3,6 +3,8 @@
 For each length, backend and pass: predict memory and time; if the point fits the budgets, check its
 output against float64, then time it; append one row. The folder of results can be resumed after
 any interruption, and ends with a report.
+
+Under `torchrun --nproc-per-node N` the sequence is also spread over the N ranks (`bench.ranks`).
 """
 
 import argparse
@@ -43,7 +45,10 @@ UNIT_SHARES = {"probe": 0.12, "retrieval": 0.18}  # of the budget, at most
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Options of the command line; those that depend on the device are filled in."""
     parser = argparse.ArgumentParser(
-        description="Sweep attention backends over sequence lengths.",
+        description="Sweep attention backends over sequence lengths. Under torchrun (torchrun "
+        "--nproc-per-node N bench/sweep.py ...) forward and backward are first timed with each "
+        "sequence spread over the N ranks, lightning by LASP+ and softmax by ring attention, then "
+        "the backends in one process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -221,6 +226,7 @@ def _label(point: Point) -> str:
 
     words = [f"{format_len(point.q_len):>5}", point.op, point.pass_, point.backend]
     words += [point.model] if point.model else []
+    words += [f"{point.ranks} ranks"] if point.ranks else []
     return " ".join(words) + (f" batch {point.batch}" if point.batch > 1 else "")
 
 
@@ -362,7 +368,6 @@ def execute(
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    in_process = in_process or "TORCHELASTIC_RUN_ID" in os.environ
     control = Worker(in_process)
     described = control.call("describe", arguments.device)
     described["started"] = rows.now_utc()
@@ -390,6 +395,10 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from bench import ranks
+
+        return ranks.run(arguments)
     return execute(arguments, plan_points)
 
 

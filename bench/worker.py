@@ -115,7 +115,7 @@ def _measured(task: Task, device: str, start: float) -> Row:
     row = {"status": "ok", "reason": None, "first_call_ms": first_call_ms} | timed.statistics()
     row |= accuracy | {"peak_bytes": peak_bytes}
     row["clocks"] = timing.read_clocks() if device == "cuda" else None
-    return row | call.notes | _shares(point, problem, row["ms_median"], task.ceilings)
+    return row | call.notes | shares_of(point, problem, row["ms_median"], task.ceilings)
 
 
 def _first_call_ms(task: Task, device: str) -> float:
@@ -133,7 +133,8 @@ def _counted(point: Point) -> str:
     return "fwd" if point.pass_ == "decode" else point.pass_
 
 
-def _shares(point: Point, problem: Any, ms: float, ceilings: timing.Ceilings | None) -> Row:
+def shares_of(point: Point, problem: Any, ms: float, ceilings: timing.Ceilings | None) -> Row:
+    """Fields that set the time beside the counted work and the device's limits."""
     flops, num_bytes = problem.flops(_counted(point)), problem.min_bytes(_counted(point))
     steps = 1 if point.pass_ == "decode" else point.q_len
     row = {

@@ -1,14 +1,20 @@
-"""What each rank runs for the tests of whole training runs."""
+"""What each rank runs for the tests of whole training runs, and of the sweep on ranks."""
 
+import time
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from distributed_mutations import mutated
 
+from attnlab.distributed.comm import Group
 from attnlab.distributed.launch import Job
 from attnlab.training.config import TrainConfig
 from attnlab.training.guard import NonFiniteError
 from attnlab.training.ranks import RankTrainer
 from attnlab.training.train import resume, train
+from bench import rank_calls, ranks
+from bench.inputs import Source
 
 EXPECTED = (ValueError, NonFiniteError, OSError)
 
@@ -49,3 +55,20 @@ def run_resume(rank, size, out, **place):
         return resume(out, job=Job("cpu"), **place)
     except EXPECTED as error:
         return f"{type(error).__name__}: {error}"
+
+
+def run_gate(rank, size, point, *, mutation=None):
+    """The worst result of this rank's part of a point, and its error over its budget."""
+    with mutated(mutation):
+        call = rank_calls.prepare(point, Source("text"), Group(dist.group.WORLD), "cpu")
+        found = call.check()
+    return found.name, found.worst.ratio
+
+
+def run_measure(rank, size, seconds):
+    """Samples of a call that takes the last rank so long, and the others nothing."""
+
+    def call():
+        time.sleep(seconds if rank == size - 1 else 0.0)
+
+    return ranks.measure(call, Group(dist.group.WORLD), "cpu", 10.0).samples

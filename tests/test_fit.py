@@ -352,7 +352,7 @@ def test_rows_are_grouped_into_series():
         make_row(op="softmax", backend="cudnn", status="unsupported", ms_median=None),
     ]
     found = series(rows)
-    key = ("ops", "lightning", "triton", "fwd", None, 16, 128, "bfloat16", "cpu")
+    key = ("ops", "lightning", "triton", "fwd", None, 16, 128, "bfloat16", "cpu", None)
     assert [p.q_len for p in found[key]] == [1024, 2048]
     assert [k[1:3] for k in found] == [("lightning", "triton"), ("softmax", "sdpa")]
 
