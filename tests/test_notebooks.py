@@ -28,12 +28,13 @@ def pictures(notebook):
     return [o for o in outputs if "image/png" in o.get("data", {})]
 
 
-def test_there_are_four_notebooks():
+def test_there_are_five_notebooks():
     assert NAMES == [
         "01_lightning_from_scratch",
         "02_linear_versus_softmax",
         "03_retrieval_decay",
         "04_the_hybrid",
+        "05_scaling_out",
     ]
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == NAMES
 
@@ -79,3 +80,9 @@ def test_retrieval_decay_shows_the_sample_from_its_own_folder():
 
 def test_the_hybrid_runs_from_the_root():
     assert len(pictures(run("04_the_hybrid", ROOT))) == 5
+
+
+def test_scaling_out_runs_its_ranks_from_the_root():
+    notebook = run("05_scaling_out", ROOT)
+    assert len(pictures(notebook)) == 8
+    assert "50% is seen with two groups" in nbformat.writes(notebook)
