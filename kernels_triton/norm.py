@@ -1,7 +1,7 @@
-"""RMSNorm of rows, of a sum of two if wanted and behind a gate if wanted, and its gradients.
+"""RMSNorm of rows, of a sum of two if wanted, behind a gate or times a scale a row, and its gradients.
 
     z = x  or  alpha x + beta y
-    out = weight * z * rsqrt(mean(z^2) + eps)  [* sigmoid(gate)]
+    out = weight * z * rsqrt(mean(z^2) + eps)  [* sigmoid(gate)  or  * scale of the row]
 
 Each tensor is read and written once, in float32 arithmetic; a sum z is never rounded. A program holds
 whole rows in registers, several where they are short, so nothing but the inputs is kept for the
@@ -9,7 +9,7 @@ backward: what it needs of a row is two sums, which it takes together. There a f
 programs share the rows, each adds up the weight's gradient over its own, and `partial_sums` adds
 theirs. Offsets are 64-bit. Not supported: rows of more than MAX_WIDTH channels.
 
-Legend: N rows, D channels.
+Legend: N rows, D channels, S scales: row n has number n modulo S.
 """
 
 import torch
@@ -34,9 +34,9 @@ def _load_sum(p_x, p_y, o, mask, alpha, beta):
     return b_x
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "S"])
 def _rms_norm_kernel(
-    p_x, p_y, p_gate, p_weight, p_out, alpha, beta, eps, N,
+    p_x, p_y, p_gate, p_scale, p_weight, p_out, alpha, beta, eps, N, S,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows."""
@@ -47,16 +47,19 @@ def _rms_norm_kernel(
     b_x = _load_sum(p_x, p_y, o, mask, alpha, beta)
     b_weight = tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)
+    if p_scale is not None:
+        b_rstd *= tl.load(p_scale + o_n % S, mask=o_n < N, other=0.0)
     b_out = b_x * b_rstd[:, None] * b_weight[None, :]
     if p_gate is not None:
         b_out *= tl.sigmoid(tl.load(p_gate + o, mask=mask, other=0.0).to(tl.float32))
     tl.store(p_out + o, round_to(b_out, p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "S"])
 def _rms_norm_backward_kernel(
-    p_grad, p_x, p_y, p_gate, p_weight, p_grad_x, p_grad_y, p_grad_gate, p_sums,
-    alpha, beta, eps, N, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_grad, p_x, p_y, p_gate, p_scale, p_weight,
+    p_grad_x, p_grad_y, p_grad_gate, p_grad_scale, p_sums,
+    alpha, beta, eps, N, S, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every so many tiles of ROWS rows; their share of the weight's gradient goes to `p_sums`."""
     o_d = tl.arange(0, BLOCK)
@@ -75,6 +78,10 @@ def _rms_norm_backward_kernel(
             b_out = b_grad * b_normed * b_weight * b_open * (1.0 - b_open)
             tl.store(p_grad_gate + o, round_to(b_out, p_grad_gate.dtype.element_ty), mask=mask)
             b_grad *= b_open
+        if p_scale is not None:
+            b_out = tl.sum(b_grad * b_normed * b_weight, 1)
+            tl.store(p_grad_scale + o_n, b_out, mask=o_n < N)
+            b_grad *= tl.load(p_scale + o_n % S, mask=o_n < N, other=0.0)[:, None]
         b_sum += b_grad * b_normed
         b_slope = b_grad * b_weight
         b_along = tl.sum(b_slope * b_x, 1)[:, None] / D * b_rstd
@@ -97,17 +104,22 @@ def rms_norm(
     *,
     y: Tensor | None = None,
     gate: Tensor | None = None,
+    scale: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> Tensor:
-    """The result, like x; x, y and gate are contiguous `[..., D]`, weight `[D]`, of one dtype."""
+    """The result, like x; x, y and gate are contiguous `[..., D]`, weight `[D]`, of one dtype.
+
+    `scale` is contiguous float32 of S elements, and S a divisor of N. With it there is no gate.
+    """
     output = torch.empty_like(x)
     if x.numel() == 0:
         return output
-    pointers = x, y, gate, weight, output
+    pointers = x, y, gate, scale, weight, output
     constants, num_warps = _tile(weight.shape[0])
     num_rows = x.numel() // weight.shape[0]
-    arguments = *pointers, float(alpha), float(beta), eps, num_rows
+    num_scales = num_rows if scale is None else scale.numel()
+    arguments = *pointers, float(alpha), float(beta), eps, num_rows, num_scales
     grid = triton.cdiv(num_rows, constants["ROWS"]), 1, 1
     kind = kind_of(x.device, *pointers)
     _launch_rms_norm(grid, arguments, constants, kind, num_warps=num_warps)
@@ -122,24 +134,31 @@ def rms_norm_backward(
     *,
     y: Tensor | None = None,
     gate: Tensor | None = None,
+    scale: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 1.0,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Gradients of x, y, gate and weight from that of the result, contiguous like x."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Gradients of x, y, gate, scale and weight from that of the result, contiguous like x.
+
+    That of the scale is `[N]` float32, a row's own.
+    """
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     grad_y, grad_gate = (None if z is None else torch.empty_like(z) for z in (y, gate))
-    if x.numel() == 0:
-        return grad_x, grad_y, grad_gate, grad_weight.zero_()
-    constants, num_warps = _tile(weight.shape[0])
     num_rows = x.numel() // weight.shape[0]
+    grad_scale = None if scale is None else x.new_empty(num_rows, dtype=torch.float32)
+    if num_rows == 0:
+        return grad_x, grad_y, grad_gate, grad_scale, grad_weight.zero_()
+    constants, num_warps = _tile(weight.shape[0])
     num_programs = min(triton.cdiv(num_rows, constants["ROWS"]), _PROGRAMS)
     sums = x.new_empty(num_programs, weight.shape[0], dtype=torch.float32)
-    pointers = grad, x, y, gate, weight, grad_x, grad_y, grad_gate, sums
-    arguments = *pointers, float(alpha), float(beta), eps, num_rows
+    inputs, grads = (grad, x, y, gate, scale, weight), (grad_x, grad_y, grad_gate, grad_scale)
+    pointers = *inputs, *grads, sums
+    num_scales = num_rows if scale is None else scale.numel()
+    arguments = *pointers, float(alpha), float(beta), eps, num_rows, num_scales
     kind = kind_of(x.device, *pointers)
     _launch_rms_norm_backward((num_programs, 1, 1), arguments, constants, kind, num_warps=num_warps)
     column_sums(sums, grad_weight)
-    return grad_x, grad_y, grad_gate, grad_weight
+    return *grads, grad_weight
 
 
 def _tile(width: int) -> tuple[dict[str, int], int]:

@@ -37,7 +37,7 @@ def calls(dtype, width, num_tokens):
     from kernels_triton import convolution, heads, norm
 
     x = torch.empty(num_tokens, width, dtype=dtype)
-    for optional in ({}, {"y": x, "gate": x}):
+    for optional in ({}, {"y": x, "gate": x}, {"scale": torch.empty(num_tokens)}):
         norm.rms_norm(x, x[0], 1e-5, **optional)
         norm.rms_norm_backward(x, x, x[0], 1e-5, **optional)
     qkv = torch.empty(1, num_tokens, 3 * width, dtype=dtype)

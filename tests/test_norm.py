@@ -12,20 +12,25 @@ from attnlab.model.norm import RMSNorm
 from tests.kernel_cases import as_exact, differentiated, random, runs_kernels
 
 EPS = 1e-5
-FORMS = ["alone", "sum", "gate", "sum and gate"]
+FORMS = ["alone", "sum", "gate", "sum and gate", "scale", "scale by row"]
 
 
 def arguments_of(form, shape, dtype, device):
-    """Norm's positional tensors: x, plus, gate, weight."""
+    """Norm's positional tensors: x, plus, gate, scale, weight."""
     x, plus, gate = (random(*shape, dtype=dtype, device=device, seed=s) for s in range(3))
     weight = 1 + 0.3 * random(shape[-1], device=device, seed=3)
-    return x, plus if "sum" in form else None, gate if "gate" in form else None, weight.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    scale_shape = shape[:-1] if form == "scale by row" else (1, *shape[1:-1])
+    optional = {"sum": plus, "gate": gate}
+    optional["scale"] = random(*scale_shape, dtype=wide, device=device, seed=5)
+    return x, *(y if name in form else None for name, y in optional.items()), weight.to(dtype)
 
 
-def definition(x, plus, gate, weight, alpha, beta):
+def definition(x, plus, gate, scale, weight, alpha, beta):
     z = x if plus is None else alpha * x + beta * plus
     normed = weight * z / (z.square().mean(-1, keepdim=True) + EPS).sqrt()
-    return normed if gate is None else normed * gate.sigmoid()
+    normed = normed if gate is None else normed * gate.sigmoid()
+    return normed if scale is None else normed * scale[..., None]
 
 
 @runs_kernels
@@ -42,16 +47,16 @@ def test_triton_norms_and_their_gradients_are_rounded_once(dtype, shape, form, d
     wide = [None if x is None else x.double() for x in tensors]
     expected = differentiated(lambda *t: definition(*t, 0.7, -1.3), wide, grad.double())
     num_rows = grad.numel() // shape[-1]
-    assert len(actual) == len(expected) == 3 + form.count("sum") + form.count("gate")
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        is_weight = i == len(expected) - 1
-        as_exact(a, e, dtype, num_rows if is_weight else shape[-1])
+    terms = [max(num_rows, shape[-1]) if x.ndim < len(shape) else shape[-1] for x in expected]
+    assert len(actual) == len(expected) == 1 + sum(x is not None for x in tensors)
+    for a, e, num_terms in zip(actual, expected, terms, strict=True):
+        as_exact(a, e, a.dtype, num_terms)
 
 
 @runs_kernels
 def test_a_triton_norm_of_nothing_is_empty(device):
-    x, _, _, weight = arguments_of("alone", (0, 3, 32), torch.float32, device)
-    function = lambda x, w: norm_module._rms_norm(x, None, None, w, 1.0, 1.0, EPS)  # noqa: E731
+    x, *_, weight = arguments_of("alone", (0, 3, 32), torch.float32, device)
+    function = lambda x, w: norm_module._rms_norm(x, None, None, None, w, 1.0, 1.0, EPS)  # noqa: E731
     output, grad_x, grad_weight = differentiated(function, (x, weight), x)
     assert output.shape == grad_x.shape == (0, 3, 32)
     assert torch.equal(grad_weight, torch.zeros_like(weight))
@@ -61,11 +66,11 @@ def test_a_triton_norm_of_nothing_is_empty(device):
 def test_triton_gradients_of_strided_rows_are_right(device):
     """Rows that lie apart, as the last tokens of each sequence do, and a gradient spread out."""
     whole = random(4, 9, 64, dtype=torch.float32, device=device)
-    x, _, _, weight = arguments_of("alone", (4, 9, 64), torch.float32, device)
+    x, *_, weight = arguments_of("alone", (4, 9, 64), torch.float32, device)
     x, grad = x[:, -3:], whole[:, :1].expand(4, 3, 64)
-    function = lambda x, w: norm_module._rms_norm(x, None, None, w, 1.0, 1.0, EPS)  # noqa: E731
+    function = lambda x, w: norm_module._rms_norm(x, None, None, None, w, 1.0, 1.0, EPS)  # noqa: E731
     actual = differentiated(function, (x, weight), grad)
-    wide = lambda x, w: definition(x, None, None, w, 1.0, 1.0)  # noqa: E731
+    wide = lambda x, w: definition(x, None, None, None, w, 1.0, 1.0)  # noqa: E731
     expected = differentiated(wide, (x.double(), weight.double()), grad.double())
     for a, e in zip(actual, expected, strict=True):
         as_exact(a, e, torch.float32, 64)
@@ -81,13 +86,19 @@ def test_triton_norms_are_sound_custom_ops(form, device):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_module_is_torchs_where_no_kernel_runs(form):
-    x, plus, gate, weight = arguments_of(form, (3, 5, 32), torch.float64, "cpu")
+    x, plus, gate, scale, weight = arguments_of(form, (3, 5, 32), torch.float64, "cpu")
     layer = RMSNorm(32, eps=EPS, dtype=torch.float64)
     assert list(layer.state_dict()) == ["weight"]
     layer.weight.data = weight
-    actual = layer(x, plus=plus, alpha=0.7, beta=-1.3, gate=gate)
-    expected = definition(x, plus, gate, weight, 0.7, -1.3)
+    actual = layer(x, plus=plus, alpha=0.7, beta=-1.3, gate=gate, scale=scale)
+    expected = definition(x, plus, gate, scale, weight, 0.7, -1.3)
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_gate_and_a_scale_are_refused_together():
+    x = torch.zeros(3, 32)
+    with pytest.raises(ValueError, match="expected a gate or a scale, got both"):
+        RMSNorm(32, eps=EPS)(x, gate=x, scale=x[:, 0])
 
 
 @pytest.mark.gpu
@@ -96,7 +107,7 @@ def test_the_module_on_a_gpu_is_as_exact_as_torchs(dtype):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     layer = RMSNorm(128, eps=EPS, dtype=dtype, device="cuda")
-    x, _, _, weight = arguments_of("alone", (4, 300, 128), dtype, "cuda")
+    x, *_, weight = arguments_of("alone", (4, 300, 128), dtype, "cuda")
     layer.weight.data = weight
     kernel = differentiated(lambda x: layer(x), (x,), x)
     torchs = differentiated(lambda x: F.rms_norm(x, (128,), weight, EPS), (x,), x)
@@ -109,7 +120,7 @@ def test_a_norm_runs_in_a_cuda_graph_and_under_torch_compile():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     layer = RMSNorm(128, eps=EPS, dtype=torch.bfloat16, device="cuda")
-    x, plus, gate, _ = arguments_of("sum and gate", (300, 128), torch.bfloat16, "cuda")
+    x, plus, gate, *_ = arguments_of("sum and gate", (300, 128), torch.bfloat16, "cuda")
     call = lambda x: layer(x, plus=plus, gate=gate)  # noqa: E731
     expected = differentiated(call, (x,), x)
     compiled = differentiated(torch.compile(call, fullgraph=True), (x,), x)

@@ -26,7 +26,7 @@ from attnlab.functional import (
 from attnlab.model.config import HybridConfig
 from attnlab.model.convolution import ShortConvolution
 from attnlab.model.heads import silu_heads
-from attnlab.model.norm import RMSNorm
+from attnlab.model.norm import RMSNorm, times_scale
 from attnlab.model.placement import Placement
 from attnlab.model.rotary import rotate
 from attnlab.registry import list_backends
@@ -138,17 +138,24 @@ class SoftmaxMixer(nn.Module):
         """Mix `[B, T, D]` along the tokens of each sequence, rotated by `angles` if given."""
         if self.conv is not None:
             hidden = self.conv(hidden, place, cache)
-        query = self._heads(self.q_proj(hidden), self.q_norm, angles)  # [B, H, T, K]
+        scale = None
+        if self.length_scale is not None:
+            scale = _length_scale(place.positions, self.length_scale)  # [B or 1, T, H]
+        query = self._heads(self.q_proj(hidden), self.q_norm, angles, scale)  # [B, H, T, K]
         key = self._heads(self.k_proj(hidden), self.k_norm, angles)  # [B, G, T, K]
         value = self._heads(self.v_proj(hidden), None, None)
-        if self.length_scale is not None:
-            query = _scaled(query, place.positions, self.length_scale)
         mixed = self._attend(query, key, value, place, cache)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor, norm: nn.Module | None, angles: Angles | None) -> Tensor:
+    def _heads(
+        self, x: Tensor, norm: RMSNorm | None, angles: Angles | None, scale: Tensor | None = None
+    ) -> Tensor:
         heads = x.unflatten(-1, (-1, self.head_dim))  # [B, T, H, K]
-        heads = (heads if norm is None else norm(heads)).transpose(1, 2)
+        if norm is not None:
+            heads = norm(heads, scale=scale)
+        elif scale is not None:
+            heads = times_scale(heads, scale)
+        heads = heads.transpose(1, 2)
         return heads if angles is None else rotate(heads, *angles)
 
     def _attend(
@@ -200,12 +207,10 @@ def _convolution(config: HybridConfig, **factory: Any) -> ShortConvolution | Non
     return ShortConvolution(config.hidden_size, config.conv_width, **factory)
 
 
-def _scaled(query: Tensor, positions: Tensor, length_scale: Tensor) -> Tensor:
-    """Queries `[B, H, T, K]` times length_scale_h ln(position + 1), the number of visible keys."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    log_length = (positions + 1).to(dtype).log()[:, None, :, None]  # [B, 1, T, 1]
-    factor = log_length * length_scale.to(dtype)[:, None, None]  # [B, H, T, 1]
-    return (query * factor).to(query.dtype)
+def _length_scale(positions: Tensor, length_scale: Tensor) -> Tensor:
+    """length_scale_h ln(position + 1), the number of visible keys: `[B or 1, T, H]`, float32."""
+    dtype = torch.promote_types(length_scale.dtype, torch.float32)
+    return (positions + 1).to(dtype).log()[..., None] * length_scale.to(dtype)
 
 
 def _store(cache: KVCache, key: Tensor, value: Tensor, place: Placement) -> None:

@@ -1,4 +1,4 @@
-"""RMSNorm, alone, of a residual sum, or behind an output gate.
+"""RMSNorm, alone, of a residual sum, behind an output gate, or times a scale a row.
 
 Legend: D channels.
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnlab.checks import expect
 from attnlab.custom_op import CustomOp
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -29,21 +30,35 @@ class RMSNorm(nn.RMSNorm):
         alpha: float = 1.0,
         beta: float = 1.0,
         gate: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """`[..., D]`: the norm of x, or of alpha x + beta plus, times sigmoid(gate) if given.
+        """`[..., D]`: the norm of x, or of alpha x + beta plus, times sigmoid(gate) or scale if given.
 
-        `x`, `plus` and `gate` are `[..., D]` of one shape.
+        `x`, `plus` and `gate` are `[..., D]` of one shape; `scale` is float32 (float64 for float64)
+        of that shape without D, or with 1 in its first dimension.
+
+        Raises:
+            ValueError: for a gate and a scale.
         """
+        expect(gate is None or scale is None, "a gate or a scale", "both")
         assert self.eps is not None
         if _fused(x, self.weight, plus, gate):
-            return _rms_norm(x, plus, gate, self.weight, float(alpha), float(beta), self.eps)
+            numbers = float(alpha), float(beta), self.eps
+            return _rms_norm(x, plus, gate, scale, self.weight, *numbers)
         normed = super().forward(x if plus is None else weighted_sum(x, plus, alpha, beta))
+        if scale is not None:
+            return times_scale(normed, scale)
         return normed if gate is None else torch.sigmoid(gate) * normed
 
 
 def weighted_sum(x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
     """alpha x + beta y, in one pass where beta is 1."""
     return torch.add(y if beta == 1.0 else beta * y, x, alpha=alpha)
+
+
+def times_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """`[..., D]` times a scale a row, `[...]` of a wider dtype in which the product is rounded once."""
+    return (x * scale[..., None]).to(x.dtype)
 
 
 def _fused(x: Tensor, *others: Tensor | None) -> bool:
@@ -58,6 +73,7 @@ def _normalise(
     x: Tensor,
     plus: Tensor | None,
     gate: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor,
     alpha: float,
     beta: float,
@@ -65,14 +81,20 @@ def _normalise(
 ) -> Tensor:
     from kernels_triton import norm
 
-    plus, gate = (None if z is None else z.contiguous() for z in (plus, gate))
-    return norm.rms_norm(x.contiguous(), weight, eps, y=plus, gate=gate, alpha=alpha, beta=beta)
+    optional = _contiguous(plus, gate, scale)
+    return norm.rms_norm(x.contiguous(), weight, eps, **optional, alpha=alpha, beta=beta)
+
+
+def _contiguous(plus: Tensor | None, gate: Tensor | None, scale: Tensor | None) -> dict[str, Any]:
+    named = {"y": plus, "gate": gate, "scale": scale}
+    return {name: None if z is None else z.contiguous() for name, z in named.items()}
 
 
 def _fake_normalise(
     x: Tensor,
     plus: Tensor | None,
     gate: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor,
     alpha: float,
     beta: float,
@@ -86,20 +108,24 @@ def _differentiate(
     x: Tensor,
     plus: Tensor | None,
     gate: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor,
     alpha: float,
     beta: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, plus and gate (empty without them) and weight."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, plus, gate and scale (empty without them) and weight."""
     from kernels_triton import norm
 
-    plus, gate = (None if z is None else z.contiguous() for z in (plus, gate))
-    grad_x, grad_plus, grad_gate, grad_weight = norm.rms_norm_backward(
-        grad.contiguous(), x.contiguous(), weight, eps, y=plus, gate=gate, alpha=alpha, beta=beta
+    tensors, optional = (grad.contiguous(), x.contiguous()), _contiguous(plus, gate, scale)
+    grad_x, grad_plus, grad_gate, rows, grad_weight = norm.rms_norm_backward(
+        *tensors, weight, eps, **optional, alpha=alpha, beta=beta
     )
     grad_plus, grad_gate = (x.new_empty(0) if z is None else z for z in (grad_plus, grad_gate))
-    return grad_x, grad_plus, grad_gate, grad_weight
+    grad_scale = x.new_empty(0)
+    if scale is not None and rows is not None:
+        grad_scale = rows.view(-1, *scale.shape).sum(0)
+    return grad_x, grad_plus, grad_gate, grad_scale, grad_weight
 
 
 def _fake_differentiate(
@@ -107,28 +133,29 @@ def _fake_differentiate(
     x: Tensor,
     plus: Tensor | None,
     gate: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor,
     alpha: float,
     beta: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_plus, grad_gate = (x.new_empty(0 if z is None else z.shape) for z in (plus, gate))
-    return x.new_empty(x.shape), grad_plus, grad_gate, weight.new_empty(weight.shape)
+    grad_scale = x.new_empty(0) if scale is None else scale.new_empty(scale.shape)
+    return x.new_empty(x.shape), grad_plus, grad_gate, grad_scale, weight.new_empty(weight.shape)
 
 
 _gradients = CustomOp("rms_norm_backward", _differentiate, _fake_differentiate)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.numbers = inputs[4:]
+    ctx.save_for_backward(*inputs[:5])
+    ctx.numbers = inputs[5:]
 
 
 def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _, plus, gate, _ = ctx.saved_tensors
-    grad_x, grad_plus, grad_gate, grad_weight = _gradients(grad, *ctx.saved_tensors, *ctx.numbers)
-    optional = [g if z is not None else None for z, g in ((plus, grad_plus), (gate, grad_gate))]
-    return grad_x, *optional, grad_weight, None, None, None
+    grad_x, *optional, grad_weight = _gradients(grad, *ctx.saved_tensors, *ctx.numbers)
+    given = zip(ctx.saved_tensors[1:4], optional, strict=True)
+    return grad_x, *(None if z is None else g for z, g in given), grad_weight, None, None, None
 
 
 _rms_norm = CustomOp(
