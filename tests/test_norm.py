@@ -54,6 +54,17 @@ def test_triton_norms_and_their_gradients_are_rounded_once(dtype, shape, form, d
 
 
 @runs_kernels
+@pytest.mark.parametrize(("programs", "columns"), [(1, 1), (300, 37), (528, 16)])
+def test_triton_sums_of_partial_sums_are_rounded_once(programs, columns, device):
+    from kernels_triton.partial_sums import column_sums
+
+    rows = random(programs, columns, dtype=torch.float32, device=device)
+    output = torch.empty(columns, dtype=torch.bfloat16, device=device)
+    column_sums(rows, output)
+    as_exact(output, rows.double().sum(0), torch.bfloat16, programs)
+
+
+@runs_kernels
 def test_a_triton_norm_of_nothing_is_empty(device):
     x, *_, weight = arguments_of("alone", (0, 3, 32), torch.float32, device)
     function = lambda x, w: norm_module._rms_norm(x, None, None, None, w, 1.0, 1.0, EPS)  # noqa: E731
