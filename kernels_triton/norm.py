@@ -7,7 +7,8 @@ Each tensor is read and written once, in float32 arithmetic; a sum z is never ro
 whole rows in registers, several where they are short, so nothing but the inputs is kept for the
 backward: what it needs of a row is two sums, which it takes together. There a fixed number of
 programs share the rows, each adds up the weight's gradient over its own, and `partial_sums` adds
-theirs. Offsets are 64-bit. Not supported: rows of more than MAX_WIDTH channels.
+theirs. Offsets are 64-bit. Not supported: rows of more than 8192 channels,
+which would spill.
 
 Legend: N rows, D channels, S scales: row n has number n modulo S.
 """
@@ -21,7 +22,6 @@ from kernels_triton.launcher import Launcher, kind_of
 from kernels_triton.lightning.scan import round_to
 from kernels_triton.partial_sums import column_sums
 
-MAX_WIDTH = 8192
 _TILE = 2048  # channels of all rows that four warps hold: 16 a thread of each tensor
 _PROGRAMS = 528  # of a backward, 4 to each multiprocessor of an H100
 

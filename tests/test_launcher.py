@@ -76,6 +76,7 @@ def calls():
     from attnlab import triton_backend, triton_softmax
     from attnlab.problem import Problem
     from attnlab.schedules import forced_plan
+    from kernels_triton import convolution, heads, norm
 
     def inputs(T=200, dtype=torch.bfloat16, B=1):
         shape = {"batch": B, "heads": 2, "kv_heads": 2, "q_len": T, "kv_len": T}
@@ -109,6 +110,15 @@ def calls():
         query = torch.zeros(1, 4, 1, 32, dtype=dtype)
         triton_softmax.softmax_decode(query, keys, keys, lengths.to(length_dtype))
 
+    def around_mixers(num_tokens):
+        """Each kernel of a layer that stands outside of its mixer, and its backward."""
+        x = torch.zeros(1, num_tokens, 96, dtype=torch.bfloat16)
+        norm.rms_norm_backward(norm.rms_norm(x, x[0, 0], 1e-5, y=x), x, x[0, 0], 1e-5, gate=x)
+        norm.rms_norm(x, x[0, 0], 1e-5, scale=torch.ones(num_tokens))
+        taps = torch.zeros(96, 4, dtype=torch.bfloat16)
+        convolution.convolution_backward(convolution.convolution(x, taps), x, taps)
+        heads.silu_heads_backward(heads.silu_heads(x, 32), x, heads_first=False)
+
     wide = torch.zeros(5, 2, 32, 40)[..., :32]
     return {
         "forward": lambda: attend(x),
@@ -137,6 +147,8 @@ def calls():
         "over a longer cache": lambda: over_cache(250),
         "over a cache, 32-bit lengths": lambda: over_cache(200, length_dtype=torch.int32),
         "over a float32 cache": lambda: over_cache(200, dtype=torch.float32),
+        "around mixers": lambda: around_mixers(7),
+        "around mixers, longer": lambda: around_mixers(256),
     }
 
 
@@ -153,11 +165,24 @@ def write_down():
 
     driver = WritingDriver()
     triton.runtime.driver.set_active(driver)
-    from kernels_triton import lightning_decode, softmax_decode
+    from kernels_triton import (
+        convolution,
+        heads,
+        lightning_decode,
+        norm,
+        partial_sums,
+        softmax_decode,
+    )
     from kernels_triton.lightning import launch
 
     launchers = [launch._launch_scan, launch._launch_prefix, lightning_decode._launch]
     launchers += [softmax_decode._launch_split, softmax_decode._launch_merge]
+    launchers += [
+        launcher
+        for module in (norm, convolution, heads, partial_sums)
+        for name, launcher in vars(module).items()
+        if name.startswith("_launch_")
+    ]
     found = {}
     for remember in (False, True, True):
         for name, call in calls().items():
@@ -182,7 +207,7 @@ def launches():
 
 @pytest.mark.skipif(not WRITES_DOWN, reason="stands for a GPU where there is none")
 def test_a_remembered_launch_is_the_one_triton_makes(launches):
-    assert len(launches) == 22
+    assert len(launches) == 24
     for name, (chosen, first, second) in launches.items():
         assert chosen and chosen == first == second, name
 
@@ -193,7 +218,9 @@ def test_the_calls_differ_in_what_they_start(launches):
     assert started["forward"] == started["another length"] == started["scale that is an integer"]
     assert started["decode"] == started["decode of another token"]
     assert started["over a cache"] == started["over a longer cache"]
+    assert started["around mixers"] == started["around mixers, longer"]
     others = [n for n in started if n not in ("another length", "scale that is an integer")]
+    others.remove("around mixers, longer")
     others.remove("decode of another token")
     others.remove("over a longer cache")
     different = {json.dumps(started[n]) for n in others}
