@@ -17,7 +17,8 @@ class Tile:
     """How a scan is cut: tokens a chunk, columns of c a program, stages of the ring of chunks.
 
     `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
-    `consumers` the tile is one of the kernel for Hopper: so many warpgroups take 64 columns each.
+    `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each. If
+    `paired`, one program runs the scans of dk and dv, and counts as two.
     """
 
     num_stages: int
@@ -25,6 +26,12 @@ class Tile:
     chunk: int = CHUNK
     width: int = WIDTH
     consumers: int = 0
+    paired: bool = False
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that a multiprocessor holds at once."""
+        return self.programs_per_sm // 2 if self.paired else self.programs_per_sm
 
 
 # By the shared memory of a multiprocessor in KiB, which tells architectures apart here, and by the
@@ -67,7 +74,9 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
     )
 
 
-# Of the kernel for Hopper, by the larger head dim and what asks. In a forward one consumer does; a
+WALK_BYTES = 72  # `Walk` of src/hopper_consumer.cuh
+
+# Of the kernels for Hopper, by the larger head dim and what asks. In a forward one consumer does; a
 # backward and "high" precision are nearer to what the products take, and two consumers share their
 # copies.
 HOPPER_SCAN = {
@@ -75,7 +84,7 @@ HOPPER_SCAN = {
     (64, "backward"): Tile(num_stages=4, programs_per_sm=2, consumers=1),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
     (128, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
-    (128, "backward"): Tile(num_stages=4, programs_per_sm=1, consumers=2, width=128),
+    (128, "backward"): Tile(num_stages=3, programs_per_sm=2, consumers=2, width=128, paired=True),
     (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
 }
 
@@ -92,10 +101,24 @@ def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instan
     box = 2 * CHUNK * 64
     stage = box * (2 * b_dim // 64 + tile.consumers)
     scores_and_out = box * tile.consumers * (2 + split)
-    weights, barriers = 4 * 2 * CHUNK * (1 + tile.consumers), 2 * 8 * tile.num_stages
+    weights, barriers = 4 * 2 * CHUNK * (1 + tile.consumers), 2 * 8 * tile.num_stages + WALK_BYTES
     return Instance(
         name="hopper_scan",
         arguments=f"{element}, {b_dim}, {tile.consumers}, {tile.num_stages}, {str(split).lower()}",
         num_threads=160 if tile.consumers == 1 else 384,
         shared_bytes=tile.num_stages * stage + scores_and_out + weights + barriers,
+    )
+
+
+def grads_instance(element: str, tile: Tile) -> Instance:
+    """The kernel for Hopper that runs the scans of dq, dk and dv, of which dk and dv share a block."""
+    box, dim = 2 * CHUNK * 64, 128
+    ring = tile.num_stages * 4 * box * (dim // 64)
+    weights = 4 * 2 * CHUNK * 3
+    stages_of_dq = tile.num_stages * 4 // 3
+    return Instance(
+        name="hopper_grads",
+        arguments=f"{element}, {tile.num_stages}",
+        num_threads=384,
+        shared_bytes=ring + 4 * box + weights + 2 * 8 * stages_of_dq + WALK_BYTES,
     )

@@ -28,13 +28,22 @@ struct Barrier {
 
     // Until the phase of this parity is over; the first phase has parity 0.
     __device__ void wait(int parity) {
-        asm volatile(
-            "{\n"
-            ".reg .pred done;\n"
-            "AGAIN:\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-            "@!done bra AGAIN;\n"
-            "}" :: "r"(shared_address(this)), "r"(parity) : "memory");
+        while (!is_over(parity)) {}
+    }
+
+    // The same for all lanes of a warp: that they go on together lets them share operands' addresses.
+    __device__ void wait_together(int parity) {
+        while (!__all_sync(0xffffffffu, is_over(parity))) {}
+    }
+
+  private:
+    __device__ bool is_over(int parity) {
+        int over;
+        asm volatile("{\n.reg .pred over;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+                     "selp.b32 %0, 1, 0, over;\n}"
+                     : "=r"(over) : "r"(shared_address(this)), "r"(parity) : "memory");
+        return over;
     }
 };
 
@@ -55,6 +64,12 @@ __device__ inline void group_sync(int group) {
 
 // The same value, which all lanes of the warp have: the compiler may keep it in a register that they share.
 __device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// The same value, of which the compiler knows nothing: what follows from it is not kept across a loop.
+__device__ inline int unknown(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
 
 // Registers a thread of this warpgroup, where the block's groups share them unequally.
 template <int COUNT>

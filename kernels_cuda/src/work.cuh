@@ -99,8 +99,13 @@ struct Task {
 
     __device__ static Task of(const ScanParams& params, int block, int width) {
         const int num_tiles = params.c_dim / width, task = block / num_tiles;
-        const int index = task % params.num_scans, rows = task / params.num_scans;
-        const int head = rows % params.heads_per_row, row = rows / params.heads_per_row;
-        return {Unit::read(params.units, row, head), index, block % num_tiles * width};
+        const int index = task % params.num_scans;
+        return {unit_of(params, task / params.num_scans), index, block % num_tiles * width};
+    }
+
+    // The unit of a number, where a row of the table counts once for each head that it stands for.
+    __device__ static Unit unit_of(const ScanParams& params, int number) {
+        const int head = number % params.heads_per_row, row = number / params.heads_per_row;
+        return Unit::read(params.units, row, head);
     }
 };

@@ -16,6 +16,7 @@ struct alignas(8) Barrier {
     void arrive_and_expect(int num_bytes) { bytes += num_bytes; arrive(); }
     void landed(int num_bytes) { bytes -= num_bytes; turn(); }
     void wait(int parity) { while (phase % 2 == parity) host::pass_on(); }
+    void wait_together(int parity) { wait(parity); }
 
   private:
     void turn() {
@@ -30,6 +31,7 @@ struct alignas(8) Barrier {
 inline void fence_barriers() {}
 inline void fence_shared() {}
 inline int uniform(int value) { return value; }
+inline int unknown(int value) { return value; }
 template <int> void registers_up() {}
 template <int> void registers_down() {}
 inline void group_sync(int group) { host::meet(host::block->group_gates[group], 128); }

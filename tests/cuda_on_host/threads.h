@@ -31,7 +31,7 @@ struct float4 { float x, y, z, w; };
 using std::max;
 using std::min;
 
-inline thread_local uint3 threadIdx, blockIdx;
+inline thread_local uint3 threadIdx, blockIdx, gridDim;
 constexpr int MAX_SHARED_BYTES = 227 << 10;
 alignas(1024) inline thread_local unsigned char shared_bytes[MAX_SHARED_BYTES];
 
@@ -186,6 +186,7 @@ const char* run_grid(void (*kernel)(Params), const void* params, unsigned grid, 
         std::memcpy((void*)&aligned, params, sizeof aligned);
         own.body = [&] { kernel(aligned); };
         block = &own;
+        gridDim = {grid, 1, 1};
         for (unsigned n; (n = next++) < grid;) run_block(n);
     };
     std::vector<std::thread> workers;

@@ -1,0 +1,457 @@
+// A warpgroup that carries a state over the chunks of a unit, which a producer's copies bring.
+//
+// It owns HALVES times 64 columns of c and, in registers, as many rows of the state [dim of c, dim of b].
+// A dim of c that is only known at run time is given as 0.
+// In a chunk it starts the products that the state waits for, then the next chunk's scores, which wait
+// for copies alone: the tensor cores work while scores are weighted and outputs are stored.
+//     scores [from, to] = B A^T (of the chunk before)
+//     O^T = S A^T,   S += (C weighted)^T B,   O^T += C^T scores
+// The state and weighted c are left operands from registers; a, b, c are read as the copy engine put them.
+//
+// 16-bit inputs. Scores, state and weighted c are rounded once; with SPLIT each enters as a high and a low
+// half, and a chunk's share is summed up apart before it joins the state: products truncate their sums.
+#pragma once
+
+#include "halves.cuh"
+#include "hopper.cuh"
+#include "tile.cuh"
+#include "weights.cuh"
+#include "work.cuh"
+
+struct HopperScanParams {
+    TensorMap maps[3][4];  // of a, b, c, out of each scan
+    ScanParams scan;
+};
+
+constexpr int PANEL_BYTES = CHUNK * 64 * 2;  // 64 columns of a chunk: one box of the copy engine
+using Panel = unsigned char[PANEL_BYTES];
+
+// A block's way over the chunks of a unit. It lies in shared memory: the registers are the states'.
+struct Walk {
+    Unit unit;
+    bool back;  // in time
+    Chunks chunks;
+    Decay decay;
+
+    __device__ Walk(const ScanParams& params, const Unit& unit, bool back)
+        : unit(unit), back(back), chunks(unit, back, CHUNK),
+          decay{params.log_decay[unit.head], params.scale, back} {}
+};
+
+// What of a walk a consumer needs in each turn. A lane can't tell that all have the same, unless it is read
+// where none has branched off.
+struct Course {
+    int num_warm, num_whole;  // chunks that only update the state, and whole ones after those
+    int first;                // token with which the first begins
+    int head, batch;
+
+    __device__ Course(const Unit& unit, const Chunks& chunks)
+        : num_warm(uniform(unit.num_warm)), num_whole(uniform(unit.num_tokens / CHUNK)),
+          first(uniform(chunks.first)), head(uniform(unit.head)), batch(uniform(unit.batch)) {}
+};
+
+// Where a consumer finds what it works with. Operands are those of the ring's first stage.
+struct Places {
+    const Panel *a, *b;
+    Panel* c;
+    Panel *scores, *out;  // its own: one for each half of scores, one
+    const Mask& mask;
+    EdgeWeights& edge;  // its own, with the factor of all writes in it
+    Barrier *full, *empty;
+};
+
+template <class E, int B_DIM, int C_DIM, int HALVES, int STAGES, int STAGE_PANELS, bool SPLIT>
+struct Consumer {
+    static_assert(HALVES == 1 || !SPLIT, "registers are for one");
+    static constexpr bool EARLY = HALVES == 1 && !SPLIT;  // registers do for products beside the scores
+    using Left = uint32[1 + SPLIT][CHUNK / 16][4];  // operand of 64 rows, in registers
+
+    const HopperScanParams& all;
+    const Walk& walk;
+    const Course course;
+    const Places at;
+    const int index;   // of the scan
+    const int column;  // of c, the first
+    const int group;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int row = warp * 16 + lane / 4, pair = lane % 4 * 2;  // of a sum's first element
+    float state[HALVES][B_DIM / 2];  // each [64, B_DIM]: row c, column b
+    float scores[32];                // [64, 64]: row from, column to
+    float sums[32];                  // [64, 64]: row c, column token
+
+    __device__ Consumer(const HopperScanParams& all, const Walk& walk, const Course& course,
+                        const Places& at, int index, int column, int group)
+        : all(all), walk(walk), course(course), at(at), index(index), column(column), group(group) {}
+
+    __device__ void run() {
+        const int num_silent = course.num_warm + (all.scan.with_output ? 0 : course.num_whole);
+        int left = all.scan.with_output ? course.num_whole : 0, token = course.first + num_silent * step();
+        const float past = expf(walk.decay.g * CHUNK);
+        Left added;  // columns of c, weighted, that join the state
+        Slot slot;
+        enter();
+        for (int n = 0; n < num_silent; ++n, slot = slot.next()) {
+            wait_full(slot);
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) update(added, slot, half, past);
+            release(slot);
+        }
+        if (left > 0) {
+            wait_full(slot);
+            score(slot);
+            products_wait<0>();
+            keep(scores);
+            store_scores();
+            if constexpr (HALVES == 1) {
+                read_state(slot, 0);
+                if constexpr (!SPLIT) prepare(added, slot, 0, past);
+                products_wait<0>();
+                keep(sums);
+            }
+        }
+        // Each turn begins with weighted scores in shared memory, and ends with the next chunk's; with one
+        // state also with what that chunk's tokens read of it and what they will add to it. After the last
+        // chunk these are its own again, so as not to branch.
+        for (; left > 0; --left, token += step()) {
+            const bool more = left > 1;
+            const Slot next = more ? slot.next() : slot;
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) {
+                if constexpr (HALVES > 1) {
+                    read_state(slot, half);
+                    prepare(added, slot, half, past);
+                }
+                if constexpr (!SPLIT) write(added, slot, half);
+                if constexpr (HALVES > 1) {
+                    products_wait<1>();
+                    keep(sums);
+                }
+                weigh();
+                read_scores(slot, half);
+                if (half + 1 < HALVES) {
+                    products_wait<0>();
+                } else {
+                    wait_full(next);
+                    score(next);
+                    products_wait<1>();
+                }
+                keep(sums);
+                if constexpr (!SPLIT) keep(state[half]);
+                store(half, token, CHUNK);
+            }
+            if constexpr (SPLIT) write_apart(added, slot, 0, past);
+            if constexpr (EARLY) read_state(next, 0);
+            products_wait<EARLY ? 1 : 0>();
+            keep(scores);
+            store_scores();
+            if constexpr (EARLY) prepare(added, next, 0, more ? past : 1.0f);
+            if constexpr (SPLIT) read_state(next, 0);
+            products_wait<0>();
+            if constexpr (HALVES == 1) keep(sums);
+            release(slot);
+            slot = slot.next();
+        }
+        if (uniform(walk.chunks.rest) > 0) finish(added, slot, walk.chunks.rest);
+        leave();
+        if (threadIdx.x % 128 == 0) store_wait();  // shared memory must outlive the last store
+    }
+
+    // Tokens to the next chunk.
+    __device__ int step() const { return index >= all.scan.first_back ? -CHUNK : CHUNK; }
+
+    // A stage of the ring, and the parity of the phase in which it is filled.
+    struct Slot {
+        int stage = 0, parity = 0;
+
+        // By shifts of constants, which the compiler does once for a warp; selecting it does in each lane.
+        __device__ Slot next() const {
+            static_assert(STAGES <= 8, "a constant holds the successors of eight stages");
+            constexpr uint32 SUCCESSORS = 0x76543210u >> 4 & ~(0xfu << 4 * (STAGES - 1));
+            return {(int)(SUCCESSORS >> 4 * stage & 7), parity ^ (1 << (STAGES - 1)) >> stage & 1};
+        }
+        __device__ int panel() const { return stage * STAGE_PANELS; }  // the first
+    };
+
+    __device__ void wait_full(const Slot& slot) { at.full[slot.stage].wait_together(slot.parity); }
+
+    __device__ void release(const Slot& slot) {
+        if (lane == 0) at.empty[slot.stage].arrive();
+    }
+
+    // scores [from, to] = B A^T
+    __device__ void score(const Slot& slot) {
+        const Matrix<true> b(at.b[slot.panel()]), a(at.a[slot.panel()]);
+        keep(scores);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < B_DIM; k += 16) product<E>(scores, b.at(k), a.at(k), k > 0);
+        products_commit();
+    }
+
+    // sums [c, token] = S A^T
+    __device__ void read_state(const Slot& slot, int half) {
+        const Matrix<true> a(at.a[slot.panel()]);
+        uint32 left[1 + SPLIT][B_DIM / 16][4];
+#pragma unroll
+        for (int i = 0; i < B_DIM / 4; ++i) {
+            const Halves<E, SPLIT> halves(state[half][2 * i], state[half][2 * i + 1]);
+            left[0][i / 4][i % 4] = halves.high;
+            if constexpr (SPLIT) left[1][i / 4][i % 4] = halves.low;
+        }
+        keep(sums);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < B_DIM; k += 16) {
+            product<E, 64>(sums, left[0][k / 16], a.at(k), k > 0);
+            if constexpr (SPLIT) product<E, 64>(sums, left[1][k / 16], a.at(k), true);
+        }
+        products_commit();
+    }
+
+    // Weighted and rounded, to shared memory.
+    __device__ void store_scores() {
+        // Where registers are few, addresses are worked out anew.
+        const int lane = HALVES > 1 || SPLIT ? unknown(this->lane) : this->lane;
+        const int row = warp * 16 + lane / 4, pair = lane % 4 * 2;
+#pragma unroll
+        for (int to = 0; to < 64; to += 16) {
+            uint32 blocks[1 + SPLIT][4];
+#pragma unroll
+            for (int block = 0; block < 4; ++block) {
+                const int from = row + block % 2 * 8, first = to + block / 2 * 8 + pair;
+                const float* x = scores + to / 2 + block / 2 * 4 + block % 2 * 2;
+                const Halves<E, SPLIT> halves(x[0] * at.mask.at(first, from),
+                                              x[1] * at.mask.at(first + 1, from));
+                blocks[0][block] = halves.high;
+                if constexpr (SPLIT) blocks[1][block] = halves.low;
+            }
+#pragma unroll
+            for (int part = 0; part <= SPLIT; ++part) {
+                const Tile<64> tile = {at.scores[part]};
+                const int r = warp * 16 + lane % 16, granule = to / GRANULE + lane / 16;
+                store_blocks<false>(tile.granule(r, granule), blocks[part]);
+            }
+        }
+        fence_shared();
+        group_sync(group);  // protects the scores: all rows are there, for the products too
+    }
+
+    // sums *= factor from the chunk's edge to the token that reads
+    __device__ void weigh() {
+#pragma unroll
+        for (int n = 0; n < 32; ++n) sums[n] *= at.edge.read[n / 4 * 8 + pair + n % 2];
+    }
+
+    // sums += C^T scores
+    __device__ void read_scores(const Slot& slot, int half) {
+        const Matrix<false> c(at.c[slot.panel() + half]);
+        keep(sums);
+        products_begin();
+#pragma unroll
+        for (int part = 0; part <= SPLIT; ++part)
+#pragma unroll
+            for (int from = 0; from < CHUNK; from += 16) {
+                const Matrix<false> weighted(at.scores[part]);
+                product<E>(sums, c.at(from), weighted.at(from), true);
+            }
+        products_commit();
+    }
+
+    // Columns of c as rows of a left operand, weighted and rounded; with REST what rounding took from them.
+    template <bool REST = false>
+    __device__ void weighted(Left& left, const Slot& slot, int half) {
+        const Tile<64> c = {at.c[slot.panel() + half]};
+#pragma unroll
+        for (int j = 0; j < CHUNK / 16; ++j) {
+            uint32 blocks[4];
+            c.left_transposed(blocks, j * 16, warp * 16);
+#pragma unroll
+            for (int block = 0; block < 4; ++block) {
+                const float* w = at.edge.write + j * 16 + block / 2 * 8 + pair;
+                const Halves<E, SPLIT || REST> halves(E::first(blocks[block]) * w[0],
+                                                      E::second(blocks[block]) * w[1]);
+                left[0][j][block] = REST ? halves.low : halves.high;
+                if constexpr (SPLIT) left[1][j][block] = halves.low;
+            }
+        }
+    }
+
+    // What `write` needs beside b: weighted c, and a state that has decayed by a chunk.
+    __device__ void prepare(Left& added, const Slot& slot, int half, float past) {
+        weighted(added, slot, half);
+#pragma unroll
+        for (int i = 0; i < B_DIM / 2; ++i) state[half][i] *= past;
+    }
+
+    // state += (C weighted)^T B
+    __device__ void write(const Left& added, const Slot& slot, int half) {
+        const Matrix<false> b(at.b[slot.panel()]);
+        keep(state[half]);
+        products_begin();
+#pragma unroll
+        for (int j = 0; j < CHUNK / 16; ++j)
+            product<E, B_DIM>(state[half], added[0][j], b.at(j * 16), true);
+        products_commit();
+    }
+
+    // Both, with the chunk's share summed up apart. Its common factor comes after the product, so that
+    // a single token isn't rounded.
+    __device__ void write_apart(Left& added, const Slot& slot, int half, float past) {
+        const float factor = walk.decay.all_writes();
+        weighted(added, slot, half);
+#pragma unroll
+        for (int p = 0; p < B_DIM / 64; ++p) {
+            const Matrix<false> b(at.b[slot.panel() + p]);
+            keep(sums);
+            products_begin();
+#pragma unroll
+            for (int part = 0; part <= SPLIT; ++part)
+#pragma unroll
+                for (int j = 0; j < CHUNK / 16; ++j)
+                    product<E, 64>(sums, added[part][j], b.at(j * 16), part + j > 0);
+            products_commit();
+            products_wait<0>();
+            keep(sums);
+#pragma unroll
+            for (int i = 0; i < 32; ++i)
+                state[half][p * 32 + i] = state[half][p * 32 + i] * past + sums[i] * factor;
+        }
+    }
+
+    // A chunk that only updates the state.
+    __device__ void update(Left& added, const Slot& slot, int half, float past) {
+        if constexpr (SPLIT) {
+            write_apart(added, slot, half, past);
+        } else {
+            prepare(added, slot, half, past);
+            write(added, slot, half);
+            products_wait<0>();
+            keep(state[half]);
+        }
+    }
+
+    // The last chunk in the scan's order, of fewer tokens.
+    __device__ void finish(Left& added, const Slot& slot, int num_rows) {
+        const int first = slot.panel();
+        wait_full(slot);
+        group_sync(group);  // protects the weights of whole chunks: all warps are done with them
+        for (int p = 0; p < B_DIM / 64; ++p) clear((unsigned char*)at.b[first + p], num_rows);
+        for (int half = 0; half < HALVES; ++half) clear(at.c[first + half], num_rows);
+        const float write_factor = HALVES == 1 ? 1.0f : walk.decay.all_writes();
+        at.edge.set(walk.decay, num_rows, write_factor, threadIdx.x % 128, 128);
+        fence_shared();
+        group_sync(group);  // protects cleared rows and weights (two groups clear the same rows)
+        if (all.scan.with_output) {
+            score(slot);
+            products_wait<0>();
+            keep(scores);
+            store_scores();
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) {
+                read_state(slot, half);
+                products_wait<0>();
+                keep(sums);
+                weigh();
+                read_scores(slot, half);
+                products_wait<0>();
+                keep(sums);
+                store(half, walk.chunks.token(walk.chunks.count - 1, CHUNK), num_rows);
+            }
+        }
+        const float past = expf(walk.decay.g * num_rows);
+        if constexpr (HALVES == 1) {
+            write_apart(added, slot, 0, past);
+        } else {
+            // For sums apart there are no registers. So that a single token isn't rounded, it comes in halves.
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) {
+                prepare(added, slot, half, past);
+                write(added, slot, half);
+                weighted<true>(added, slot, half);
+                write(added, slot, half);
+                products_wait<0>();
+                keep(state[half]);
+            }
+        }
+    }
+
+    // Rows from num_rows on are another document's, or those of chunks that came before.
+    __device__ void clear(unsigned char* panel, int num_rows) {
+        for (int i = threadIdx.x % 128; i < (CHUNK - num_rows) * 8; i += 128)
+            *(uint4*)(panel + num_rows * 128 + i * 16) = uint4{0, 0, 0, 0};
+    }
+
+    // Outputs [c, token] to shared memory as rows of tokens, and from there to where they belong.
+    __device__ void store(int half, int token, int num_rows) {
+        if (threadIdx.x % 128 == 0) store_wait();
+        group_sync(group);  // protects `out`: the box stored before has left it
+        const Tile<64> rows = {*at.out};
+#pragma unroll
+        for (int t = 0; t < 64; t += 16) {
+            const float* x = sums + t / 2;
+            const uint32 blocks[4] = {E::pack(x[0], x[1]), E::pack(x[2], x[3]),
+                                      E::pack(x[4], x[5]), E::pack(x[6], x[7])};
+            // Blocks (c, t), (c + 8, t), (c, t + 8), (c + 8, t + 8), each transposed.
+            const int r = t + lane / 16 * 8 + lane % 8, granule = warp * 2 + lane / 8 % 2;
+            store_blocks<true>(rows.granule(r, granule), blocks);
+        }
+        fence_shared();
+        group_sync(group);  // protects `out`: all of it is written
+        const int first = column + half * 64;
+        if (num_rows == CHUNK) {
+            if (threadIdx.x % 128 == 0)
+                store_box(all.maps[index][3], *at.out, first, token, course.head, course.batch);
+            return;
+        }
+        const Operand<unsigned short>& out = all.scan.scans[index].out;
+        unsigned short* to = out.row(course.batch, course.head, token) + first;
+        for (int i = threadIdx.x % 128; i < num_rows * 8; i += 128)
+            *(uint4*)(to + i / 8 * out.token_stride + i % 8 * 8) =
+                *(const uint4*)rows.granule(i / 8, i % 8);
+    }
+
+    __device__ void enter() {
+        const int64 size = (int64)B_DIM * c_dim();
+        const float* from = entering_state(all.scan.entering[walk.back], walk.unit, size);
+        if (!uniform(from != nullptr)) {
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+                for (int n = 0; n < B_DIM / 2; ++n) state[half][n] = 0.0f;
+        } else if (has_keys()) {
+            for_each<true>(from, [](float& mine, const float& there) { mine = there; });
+        } else {
+            for_each<false>(from, [](float& mine, const float& there) { mine = there; });
+        }
+    }
+
+    __device__ void leave() {
+        const ScanParams& params = all.scan;
+        const int kept = uniform(walk.unit.final_row);
+        if (!params.final_states || kept < 0 || index < params.first_kept) return;
+        float* to = params.final_states + kept * ((int64)B_DIM * c_dim());
+        if (has_keys())
+            for_each<true>(to, [](const float& mine, float& there) { there = mine; });
+        else
+            for_each<false>(to, [](const float& mine, float& there) { there = mine; });
+    }
+
+    // Some scans have keys as c, some as b.
+    __device__ bool has_keys() const { return index < all.scan.num_key_scans; }
+
+    __device__ int c_dim() const { return C_DIM > 0 ? C_DIM : all.scan.c_dim; }
+
+    // Visit this thread's elements of the state, with their places in a state [K, V].
+    template <bool KEYS, class Float, class Visit>
+    __device__ void for_each(Float* states, Visit visit) {
+        const int c = column + row, b = pair;
+        states += KEYS ? c * B_DIM + b : b * c_dim() + c;
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+            for (int n = 0; n < B_DIM / 2; ++n) {
+                const int more_c = half * 64 + n % 4 / 2 * 8, more_b = n / 4 * 8 + n % 2;
+                visit(state[half][n], states[KEYS ? more_c * B_DIM + more_b : more_b * c_dim() + more_c]);
+            }
+    }
+};

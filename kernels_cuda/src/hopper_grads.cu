@@ -1,0 +1,125 @@
+// The three gradients for Hopper, where K = V = 128: dk and dv share their loads.
+//
+// Legend: T tokens, D = 128 head dim; C = 64 tokens a chunk.
+//
+// dk = scan(v, do, q) and dv = scan(k, q, do) go backward in time over the same four tensors, so one block
+// runs both: a producer warp copies a chunk of each, one warpgroup carries dk's state [128, 128] in its
+// registers and another dv's (hopper_consumer.cuh with two halves). dq = scan(do, v, k), forward in time,
+// has blocks of its own, with 64 columns of k for each warpgroup. Blocks of dk and dv take twice as long
+// and come first in the grid, so that those of dq fill what they leave.
+//
+// Parameters are those of hopper_scan.cu with the scans of dq, dk, dv; c is as wide as b, and all scans
+// give outputs.
+#include "hopper_consumer.cuh"
+
+constexpr int DIM = 128, PANELS = DIM / 64, TENSORS = 4;
+constexpr int NUM_THREADS = 2 * 128 + 128;  // of the last warpgroup one thread works
+
+enum { DQ, DK, DV };  // scans
+enum { A, B, C };     // of their maps
+
+template <class E, int PAIR_STAGES>
+struct HopperGrads {
+    static constexpr int PAIR_PANELS = TENSORS * PANELS, LONE_PANELS = (TENSORS - 1) * PANELS;
+    static constexpr int RING = PAIR_STAGES * PAIR_PANELS;
+    static constexpr int LONE_STAGES = RING / LONE_PANELS;
+
+    struct Shared {
+        Panel ring[RING];
+        Panel scores[2], out[2];
+        Mask mask;
+        EdgeWeights edge[2];
+        Barrier full[LONE_STAGES], empty[LONE_STAGES];
+        Walk walk;
+    };
+
+    const HopperScanParams& all;
+    const bool pair;  // dk and dv, else dq
+    Shared& shared;
+
+    __device__ void run(const Unit& unit) {
+        const Walk walk(all.scan, unit, pair);
+        const Course course(unit, walk.chunks);
+        const Decay& decay = walk.decay;
+        shared.mask.set(decay, threadIdx.x, NUM_THREADS);
+        for (EdgeWeights& edge : shared.edge)
+            edge.set(decay, CHUNK, decay.all_writes(), threadIdx.x, NUM_THREADS);
+        if (threadIdx.x == 0) {
+            shared.walk = walk;
+            for (int stage = 0; stage < LONE_STAGES; ++stage) {
+                shared.full[stage].init(1);
+                shared.empty[stage].init(2 * 4);  // a lane of each warp
+            }
+            fence_barriers();
+        }
+        __syncthreads();  // protects weights, barriers and the walk: all are there
+        const int group = uniform(threadIdx.x / 128);
+        if (group < 2) {
+            registers_up<240>();
+            consume(group, course);
+        } else {
+            registers_down<24>();
+            if (threadIdx.x % 128 == 0) produce();
+        }
+    }
+
+    // In a stage those tensors come first that the state is made of: do, q, v, k or v, k, do.
+    __device__ void consume(int group, const Course& course) {
+        Panel* ring = shared.ring;
+        Places at = {ring + 2 * PANELS, ring, ring + PANELS + group, shared.scores + group,
+                     shared.out + group, shared.mask, shared.edge[group], shared.full, shared.empty};
+        if (pair) {
+            at.a = ring + (2 + group) * PANELS;
+            at.b = ring + group * PANELS;
+            at.c = ring + (1 - group) * PANELS;
+            Consumer<E, DIM, DIM, 2, PAIR_STAGES, PAIR_PANELS, false>(
+                all, shared.walk, course, at, DK + group, 0, group).run();
+        } else {
+            Consumer<E, DIM, DIM, 1, LONE_STAGES, LONE_PANELS, false>(
+                all, shared.walk, course, at, DQ, group * 64, group).run();
+        }
+    }
+
+    __device__ void produce() const {
+        const auto& maps = all.maps;
+        if (pair) {
+            const TensorMap* tensors[] = {&maps[DK][B], &maps[DK][C], &maps[DK][A], &maps[DV][A]};
+            fill<PAIR_STAGES>(tensors);
+        } else {
+            const TensorMap* tensors[] = {&maps[DQ][B], &maps[DQ][C], &maps[DQ][A]};
+            fill<LONE_STAGES>(tensors);
+        }
+    }
+
+    // Keep the ring filled. Chunks that only update the state want the first two tensors alone.
+    template <int STAGES, int COUNT>
+    __device__ void fill(const TensorMap* const (&tensors)[COUNT]) const {
+        const Walk& walk = shared.walk;
+        for (int n = 0; n < walk.chunks.count; ++n) {
+            const int stage = n % STAGES, round = n / STAGES, token = walk.chunks.token(n, CHUNK);
+            const int count = n >= walk.unit.num_warm ? COUNT : 2;
+            if (round > 0) shared.empty[stage].wait((round - 1) % 2);  // protects the stage
+            Barrier& full = shared.full[stage];
+            full.arrive_and_expect(count * PANELS * PANEL_BYTES);
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                if (i >= count) break;
+                for (int p = 0; p < PANELS; ++p)
+                    copy_box(shared.ring[(stage * COUNT + i) * PANELS + p], *tensors[i], full, p * 64,
+                             token, walk.unit.head, walk.unit.batch);
+            }
+        }
+    }
+};
+
+using Instance = HopperGrads<TEMPLATE_ARGUMENTS>;
+static_assert(sizeof(Instance::Shared) == SHARED_BYTES, "tiles.py counts them too");
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
+hopper_grads(const __grid_constant__ HopperScanParams params) {
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    const int num_rows = gridDim.x / 2, block = blockIdx.x;
+    const bool pair = block < num_rows;
+    const Unit unit = Task::unit_of(params.scan, pair ? block : block - num_rows);
+    Instance{params, pair, *(Instance::Shared*)shared_bytes}.run(unit);
+}
