@@ -248,3 +248,27 @@ def run_clock(rank, size, layout, num_tokens, num_groups, rates):
     shard = moe.shard_experts(gate_up, down, ep, etp)
     moe.mix_experts(x, chosen, shard, ep, etp, num_groups=num_groups, clock=clock)
     return clock.end, clock.intervals
+
+
+def run_experts_on_gpus(rank, size, layout, groups):
+    """Output and gradients, in bfloat16, for each number of groups of tokens."""
+    meshes = Meshes(Layout(world_size=size, **layout), "cuda")
+    generator = torch.Generator("cuda").manual_seed(rank)
+    x, grad = (
+        torch.randn(4096, 512, device="cuda", generator=generator).bfloat16() for _ in range(2)
+    )
+    generator.manual_seed(size)  # the weights are the same on all ranks
+    shapes = (8, 512), (8, 1024, 512), (8, 512, 512)
+    router, gate_up, down = (
+        torch.randn(s, device="cuda", generator=generator).bfloat16() / 23 for s in shapes
+    )
+    shard = moe.shard_experts(gate_up, down, meshes.group("ep"), meshes.group("etp"))
+    results = []
+    for number in groups:
+        leaves = [y.clone().requires_grad_() for y in (x, *shard)]
+        chosen, _ = routing.route(leaves[0], router, 2, meshes.group("world"))
+        experts, ranks = moe.ExpertShard(*leaves[1:]), (meshes.group("ep"), meshes.group("etp"))
+        output = moe.mix_experts(leaves[0], chosen, experts, *ranks, num_groups=number)
+        grads = torch.autograd.grad(output, leaves, grad)
+        results.append([y.detach().float().cpu() for y in (output, *grads)])
+    return results

@@ -5,7 +5,7 @@ On one GPU the world has one rank, whose pack lies in chunks that exchange state
 
 import pytest
 import torch
-from distributed_cases import run_lasp, run_on_gpus, run_ring
+from distributed_cases import run_experts_on_gpus, run_lasp, run_on_gpus, run_ring
 from distributed_world import World
 
 from attnlab.distributed.pack import PackPlan
@@ -75,3 +75,12 @@ def test_ring_attention_over_gpus_is_that_of_one_process(gpus, kernel):
         return softmax_attention_varlen(*qkv, bounds, bounds, **flags)
 
     check(plan, answers, op, tensors)
+
+
+def test_groups_of_tokens_on_streams_of_their_own_change_nothing(gpus):
+    layouts = [{"dp": gpus.size, "ep": gpus.size}, {"dp": gpus.size, "etp": gpus.size}]
+    for layout in layouts:
+        for whole, *cut in gpus.call(run_experts_on_gpus, layout, (1, 2, 4) * 10):
+            for parts in cut:
+                for part, wanted in zip(parts, whole, strict=True):
+                    assert (part - wanted).abs().max() < TOLERANCE * wanted.abs().max()

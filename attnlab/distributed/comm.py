@@ -91,7 +91,7 @@ class Group:
         """All ranks' tensors of one shape, `[W, *x.shape]`."""
         x = x.contiguous()
         if self.size == 1:
-            return Pending([], lambda: x[None])
+            return Pending([], _keeping(x[None]))
         gathered = x.new_empty(self.size, *x.shape)
         work = _all_gather(
             gathered.flatten(0, 1) if x.ndim else gathered,
@@ -107,7 +107,7 @@ class Group:
         x = x.contiguous()
         expect(x.shape[0] == self.size, f"a row for each of {self.size} ranks", x.shape[0])
         if self.size == 1:
-            return Pending([], lambda: x[0])
+            return Pending([], _keeping(x[0]))
         own = x.new_empty(x.shape[1:])
         work = _reduce_scatter(own, x.flatten(0, 1), group=self.process_group, async_op=True)
         moved = (self.size - 1) * own.nbytes
@@ -131,7 +131,7 @@ class Group:
         x = x.contiguous()
         expect(sum(sent) == x.shape[0], f"splits of the {x.shape[0]} rows", list(sent))
         if self.size == 1:
-            return Pending([], lambda: x)
+            return Pending([], _keeping(x))
         rows = x.new_empty(sum(received), *x.shape[1:])
         work = dist.all_to_all_single(
             rows, x, list(received), list(sent), group=self.process_group, async_op=True
@@ -202,5 +202,15 @@ def check_agreement(group: Group, number: int, what: str) -> None:
 
 
 def _keeping(result: Tensor, *inputs: Tensor) -> Callable[[], Tensor]:
-    """Reads `result`, and keeps what it is made from alive until then."""
-    return lambda: (result, inputs)[0]
+    """Reads `result`, and keeps what it is made from alive until then.
+
+    The stream that waits need not be the one that started: memory is given back behind the former.
+    """
+
+    def read() -> Tensor:
+        if result.is_cuda:
+            for x in (result, *inputs):
+                x.record_stream(torch.cuda.current_stream(x.device))
+        return result
+
+    return read

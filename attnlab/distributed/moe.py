@@ -8,7 +8,7 @@ their channels; every rank has tokens of its own. A group of tokens passes five 
 rows to their experts (all-to-all over ep), A gathers them over etp, X computes partial sums of this
 rank's channels, R sums and scatters them, Y sends them back. The stages of several groups overlap,
 in the order of `streams.moe_schedule`: each process group works off its collectives one by one while
-the experts compute. All row counts are exchanged beforehand, so nothing else waits for the host. The
+the experts compute (on CUDA streams of their own, `queues`). All row counts are exchanged beforehand, so nothing else waits for the host. The
 backward overlaps likewise, in the order of `streams.moe_backward_schedule`, and reuses the counts.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from attnlab.checks import expect
 from attnlab.distributed.comm import Group
 from attnlab.distributed.overlap import Transit, begin
+from attnlab.distributed.queues import Queues
 from attnlab.distributed.routing import Routing
 from attnlab.distributed.streams import Step, moe_schedule
 from attnlab.distributed.timing import VirtualTime
@@ -71,11 +72,16 @@ def mix_experts(
     expect(num_groups >= 1, "at least one group of tokens", num_groups)
     plans = _exchange_counts(routing, experts.down.shape[0], ep, etp, num_groups)
     run = _Run(x, experts, ep, etp, plans)
+    queues = Queues(x.device)
     for step in moe_schedule(num_groups, lookahead):
-        getattr(run, _STAGES[step.stage])(step.group)
+        with queues.on(step):
+            getattr(run, _STAGES[step.stage])(step.group)
         if clock is not None:
             _tell(clock, step, plans[step.group], x[:1].nbytes, ep, etp)
-    outputs = [run.returned(g, routing, x.dtype) for g in range(num_groups)]
+    outputs = []
+    for group in range(num_groups):
+        queues.join(Step("Y", group))
+        outputs.append(run.returned(group, routing, x.dtype))
     return torch.cat(outputs)
 
 
