@@ -52,9 +52,9 @@ def corpus(tmp_path_factory):
 
 
 def settings(out, corpus, **changes):
-    small = {"batch_tokens": 512, "pack_len": 128, "seq_len": 100, "steps": 6, "warmup_steps": 2}
+    small = {"batch_tokens": 512, "pack_len": 128, "seq_len": 100, "steps": 4, "warmup_steps": 2}
     rest = {"validation_tokens": 640, "validation_share": 0.1, "lightning_backend": "torch"}
-    often = {"checkpoint_every": 2, "validate_every": 3}
+    often = {"checkpoint_every": 2, "validate_every": 2}
     return {"out": str(out), "corpus": (str(corpus),), **small, **rest, **often, **changes}
 
 
@@ -99,9 +99,9 @@ def check_same(out, alone):
 def test_a_run_on_ranks_has_the_figures_of_one_process(mesh, worlds, corpus, alone, tmp_path):
     out = tmp_path / "run"
     for result in worlds(4).call(run_train, settings(out, corpus, **mesh), SMALL):
-        assert result.step == 6 and result.model_path == out / "model"
+        assert result.step == 4 and result.model_path == out / "model"
     check_same(out, alone)
-    assert [path.name[-1] for path in list_sharded(out / "checkpoints")] == ["4", "6"]
+    assert [path.name[-1] for path in list_sharded(out / "checkpoints")] == ["2", "4"]
 
 
 def test_a_run_on_one_rank_has_the_figures_of_one_process(worlds, corpus, alone, tmp_path):
@@ -119,7 +119,7 @@ def test_a_run_that_broke_off_goes_on_on_other_meshes_to_the_same_figures(
     kept = tmp_path / "kept"
     shutil.copytree(out, kept)
     place = {"dp": None, "cp": 2, "ep": 1, "etp": 1}
-    assert [r.step for r in worlds(2).call(run_resume, out, **place)] == [6, 6]
+    assert [r.step for r in worlds(2).call(run_resume, out, **place)] == [4, 4]
     check_same(out, alone)
     assert worlds(1).call(run_resume, kept, **dict.fromkeys(("cp", "ep", "etp"), 1), dp=None)
     check_same(kept, alone)
@@ -137,7 +137,7 @@ def test_the_first_layer_that_is_not_finite_is_named_on_all_ranks(worlds, corpus
     words = worlds(2).call(run_train, given, SMALL, nan_at=(0, 4))  # rank 1 meets it in a state
     what = "step 4: the output of model.layers.2.input_layernorm is not finite"
     assert words == [f"NonFiniteError: {what}; the last checkpoint is of step 2"] * 2
-    assert [r.step for r in worlds(2).call(run_resume, tmp_path / "run")] == [6, 6]
+    assert [r.step for r in worlds(2).call(run_resume, tmp_path / "run")] == [4, 4]
 
 
 # Bad input
@@ -210,7 +210,7 @@ def test_checkpoints_of_one_process_and_of_ranks_are_not_mixed_up(worlds, corpus
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     for path in (out / "checkpoints").iterdir():
         path.unlink()
-    assert worlds(2).call(run_resume, out, cp=2)[0].step == 6  # from the start
+    assert worlds(2).call(run_resume, out, cp=2)[0].step == 4  # from the start
     with pytest.raises(ValueError, match="of a job: go on with torchrun"):
         resume(out)
 
@@ -251,7 +251,7 @@ def test_a_job_stopped_and_one_that_lost_a_rank_go_on_to_the_losses_of_an_undist
 ):
     words = (
         "--device cpu --size tiny --steps 12 --batch-tokens 256 --pack-len 128 --seq-len 64 "
-        "--warmup-steps 2 --checkpoint-every 3 --validate-every 6 --validation-tokens 256 "
+        "--warmup-steps 2 --checkpoint-every 2 --validate-every 6 --validation-tokens 256 "
         "--learning-rate 1e-3 --lightning-backend torch"
     )
     options = ["--corpus", str(corpus), *words.split()]
@@ -266,7 +266,7 @@ def test_a_job_stopped_and_one_that_lost_a_rank_go_on_to_the_losses_of_an_undist
     assert read_log(out / "log.jsonl")[-1]["step"] == stopped < 12
 
     second = start_job(2, out, "--resume", "--dp", "1", "--cp", "2", "--ep", "1")
-    wait_for_step(second, out, max(stopped, 3) + 1)
+    wait_for_step(second, out, max(stopped, 2) + 1)
     (lost,) = (p for p in psutil.Process(second.pid).children() if rank_of(p) == "1")
     lost.send_signal(signal.SIGKILL)
     output, errors = second.communicate(timeout=120)
