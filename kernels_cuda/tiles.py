@@ -74,7 +74,7 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
     )
 
 
-WALK_BYTES = 72  # `Walk` of src/hopper_consumer.cuh
+OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cuh
 
 # Of the kernels for Hopper, by the larger head dim and what asks. In a forward one consumer does; a
 # backward and "high" precision are nearer to what the products take, and two consumers share their
@@ -101,12 +101,12 @@ def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instan
     box = 2 * CHUNK * 64
     stage = box * (2 * b_dim // 64 + tile.consumers)
     scores_and_out = box * tile.consumers * (2 + split)
-    weights, barriers = 4 * 2 * CHUNK * (1 + tile.consumers), 2 * 8 * tile.num_stages + WALK_BYTES
+    own, barriers = tile.consumers * OWN_BYTES, 2 * 8 * tile.num_stages
     return Instance(
         name="hopper_scan",
         arguments=f"{element}, {b_dim}, {tile.consumers}, {tile.num_stages}, {str(split).lower()}",
         num_threads=160 if tile.consumers == 1 else 384,
-        shared_bytes=tile.num_stages * stage + scores_and_out + weights + barriers,
+        shared_bytes=tile.num_stages * stage + scores_and_out + own + barriers,
     )
 
 
@@ -114,11 +114,10 @@ def grads_instance(element: str, tile: Tile) -> Instance:
     """The kernel for Hopper that runs the scans of dq, dk and dv, of which dk and dv share a block."""
     box, dim = 2 * CHUNK * 64, 128
     ring = tile.num_stages * 4 * box * (dim // 64)
-    weights = 4 * 2 * CHUNK * 3
     stages_of_dq = tile.num_stages * 4 // 3
     return Instance(
         name="hopper_grads",
         arguments=f"{element}, {tile.num_stages}",
         num_threads=384,
-        shared_bytes=ring + 4 * box + weights + 2 * 8 * stages_of_dq + WALK_BYTES,
+        shared_bytes=ring + 4 * box + 2 * OWN_BYTES + 2 * 8 * stages_of_dq,
     )

@@ -401,8 +401,8 @@ PORTABLE_DEFECTS = {
 }
 HOPPER_DEFECTS = {
     "one_decay_step_missing_across_chunks": (
-        "const float past = expf(walk.decay.g * CHUNK);",
-        "const float past = expf(walk.decay.g * (CHUNK - 1));",
+        "const float past = expf(at.own.walk.decay.g * CHUNK);",
+        "const float past = expf(at.own.walk.decay.g * (CHUNK - 1));",
     ),
     "other_tokens_rows_not_cleared": ("i < (CHUNK - num_rows) * 8", "i < 0"),
     "no_barrier_before_scores_are_read": ("group_sync(group);  // protects the scores", "// "),

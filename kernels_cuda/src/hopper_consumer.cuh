@@ -26,7 +26,7 @@ struct HopperScanParams {
 constexpr int PANEL_BYTES = CHUNK * 64 * 2;  // 64 columns of a chunk: one box of the copy engine
 using Panel = unsigned char[PANEL_BYTES];
 
-// A block's way over the chunks of a unit. It lies in shared memory: the registers are the states'.
+// A block's way over the chunks of a unit.
 struct Walk {
     Unit unit;
     bool back;  // in time
@@ -50,13 +50,27 @@ struct Course {
           first(uniform(chunks.first)), head(uniform(unit.head)), batch(uniform(unit.batch)) {}
 };
 
+// What a consumer keeps in shared memory, since its registers are the state's.
+struct Own {
+    Mask mask;
+    EdgeWeights edge;  // with the factor of all writes in it
+    Walk walk;
+
+    __device__ void set(const Walk& walk, float write_factor, int group) {
+        const int thread = threadIdx.x % 128;
+        mask.set(walk.decay, thread, 128);
+        edge.set(walk.decay, CHUNK, write_factor, thread, 128);
+        if (thread == 0) this->walk = walk;
+        group_sync(group);  // protects all of this: it is there
+    }
+};
+
 // Where a consumer finds what it works with. Operands are those of the ring's first stage.
 struct Places {
     const Panel *a, *b;
     Panel* c;
     Panel *scores, *out;  // its own: one for each half of scores, one
-    const Mask& mask;
-    EdgeWeights& edge;  // its own, with the factor of all writes in it
+    Own& own;
     Barrier *full, *empty;
 };
 
@@ -67,7 +81,6 @@ struct Consumer {
     using Left = uint32[1 + SPLIT][CHUNK / 16][4];  // operand of 64 rows, in registers
 
     const HopperScanParams& all;
-    const Walk& walk;
     const Course course;
     const Places at;
     const int index;   // of the scan
@@ -79,14 +92,14 @@ struct Consumer {
     float scores[32];                // [64, 64]: row from, column to
     float sums[32];                  // [64, 64]: row c, column token
 
-    __device__ Consumer(const HopperScanParams& all, const Walk& walk, const Course& course,
-                        const Places& at, int index, int column, int group)
-        : all(all), walk(walk), course(course), at(at), index(index), column(column), group(group) {}
+    __device__ Consumer(const HopperScanParams& all, const Course& course, const Places& at, int index,
+                        int column, int group)
+        : all(all), course(course), at(at), index(index), column(column), group(group) {}
 
     __device__ void run() {
         const int num_silent = course.num_warm + (all.scan.with_output ? 0 : course.num_whole);
         int left = all.scan.with_output ? course.num_whole : 0, token = course.first + num_silent * step();
-        const float past = expf(walk.decay.g * CHUNK);
+        const float past = expf(at.own.walk.decay.g * CHUNK);
         Left added;  // columns of c, weighted, that join the state
         Slot slot;
         enter();
@@ -151,7 +164,7 @@ struct Consumer {
             release(slot);
             slot = slot.next();
         }
-        if (uniform(walk.chunks.rest) > 0) finish(added, slot, walk.chunks.rest);
+        if (uniform(at.own.walk.chunks.rest) > 0) finish(added, slot, at.own.walk.chunks.rest);
         leave();
         if (threadIdx.x % 128 == 0) store_wait();  // shared memory must outlive the last store
     }
@@ -220,8 +233,8 @@ struct Consumer {
             for (int block = 0; block < 4; ++block) {
                 const int from = row + block % 2 * 8, first = to + block / 2 * 8 + pair;
                 const float* x = scores + to / 2 + block / 2 * 4 + block % 2 * 2;
-                const Halves<E, SPLIT> halves(x[0] * at.mask.at(first, from),
-                                              x[1] * at.mask.at(first + 1, from));
+                const Halves<E, SPLIT> halves(x[0] * at.own.mask.at(first, from),
+                                              x[1] * at.own.mask.at(first + 1, from));
                 blocks[0][block] = halves.high;
                 if constexpr (SPLIT) blocks[1][block] = halves.low;
             }
@@ -239,7 +252,7 @@ struct Consumer {
     // sums *= factor from the chunk's edge to the token that reads
     __device__ void weigh() {
 #pragma unroll
-        for (int n = 0; n < 32; ++n) sums[n] *= at.edge.read[n / 4 * 8 + pair + n % 2];
+        for (int n = 0; n < 32; ++n) sums[n] *= at.own.edge.read[n / 4 * 8 + pair + n % 2];
     }
 
     // sums += C^T scores
@@ -267,7 +280,7 @@ struct Consumer {
             c.left_transposed(blocks, j * 16, warp * 16);
 #pragma unroll
             for (int block = 0; block < 4; ++block) {
-                const float* w = at.edge.write + j * 16 + block / 2 * 8 + pair;
+                const float* w = at.own.edge.write + j * 16 + block / 2 * 8 + pair;
                 const Halves<E, SPLIT || REST> halves(E::first(blocks[block]) * w[0],
                                                       E::second(blocks[block]) * w[1]);
                 left[0][j][block] = REST ? halves.low : halves.high;
@@ -297,7 +310,7 @@ struct Consumer {
     // Both, with the chunk's share summed up apart. Its common factor comes after the product, so that
     // a single token isn't rounded.
     __device__ void write_apart(Left& added, const Slot& slot, int half, float past) {
-        const float factor = walk.decay.all_writes();
+        const float factor = at.own.walk.decay.all_writes();
         weighted(added, slot, half);
 #pragma unroll
         for (int p = 0; p < B_DIM / 64; ++p) {
@@ -337,8 +350,8 @@ struct Consumer {
         group_sync(group);  // protects the weights of whole chunks: all warps are done with them
         for (int p = 0; p < B_DIM / 64; ++p) clear((unsigned char*)at.b[first + p], num_rows);
         for (int half = 0; half < HALVES; ++half) clear(at.c[first + half], num_rows);
-        const float write_factor = HALVES == 1 ? 1.0f : walk.decay.all_writes();
-        at.edge.set(walk.decay, num_rows, write_factor, threadIdx.x % 128, 128);
+        const float write_factor = HALVES == 1 ? 1.0f : at.own.walk.decay.all_writes();
+        at.own.edge.set(at.own.walk.decay, num_rows, write_factor, threadIdx.x % 128, 128);
         fence_shared();
         group_sync(group);  // protects cleared rows and weights (two groups clear the same rows)
         if (all.scan.with_output) {
@@ -355,10 +368,10 @@ struct Consumer {
                 read_scores(slot, half);
                 products_wait<0>();
                 keep(sums);
-                store(half, walk.chunks.token(walk.chunks.count - 1, CHUNK), num_rows);
+                store(half, at.own.walk.chunks.token(at.own.walk.chunks.count - 1, CHUNK), num_rows);
             }
         }
-        const float past = expf(walk.decay.g * num_rows);
+        const float past = expf(at.own.walk.decay.g * num_rows);
         if constexpr (HALVES == 1) {
             write_apart(added, slot, 0, past);
         } else {
@@ -412,7 +425,7 @@ struct Consumer {
 
     __device__ void enter() {
         const int64 size = (int64)B_DIM * c_dim();
-        const float* from = entering_state(all.scan.entering[walk.back], walk.unit, size);
+        const float* from = entering_state(all.scan.entering[at.own.walk.back], at.own.walk.unit, size);
         if (!uniform(from != nullptr)) {
 #pragma unroll
             for (int half = 0; half < HALVES; ++half)
@@ -427,7 +440,7 @@ struct Consumer {
 
     __device__ void leave() {
         const ScanParams& params = all.scan;
-        const int kept = uniform(walk.unit.final_row);
+        const int kept = uniform(at.own.walk.unit.final_row);
         if (!params.final_states || kept < 0 || index < params.first_kept) return;
         float* to = params.final_states + kept * ((int64)B_DIM * c_dim());
         if (has_keys())

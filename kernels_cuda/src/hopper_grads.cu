@@ -27,10 +27,8 @@ struct HopperGrads {
     struct Shared {
         Panel ring[RING];
         Panel scores[2], out[2];
-        Mask mask;
-        EdgeWeights edge[2];
+        Own own[2];
         Barrier full[LONE_STAGES], empty[LONE_STAGES];
-        Walk walk;
     };
 
     const HopperScanParams& all;
@@ -38,28 +36,24 @@ struct HopperGrads {
     Shared& shared;
 
     __device__ void run(const Unit& unit) {
-        const Walk walk(all.scan, unit, pair);
-        const Course course(unit, walk.chunks);
-        const Decay& decay = walk.decay;
-        shared.mask.set(decay, threadIdx.x, NUM_THREADS);
-        for (EdgeWeights& edge : shared.edge)
-            edge.set(decay, CHUNK, decay.all_writes(), threadIdx.x, NUM_THREADS);
         if (threadIdx.x == 0) {
-            shared.walk = walk;
             for (int stage = 0; stage < LONE_STAGES; ++stage) {
                 shared.full[stage].init(1);
                 shared.empty[stage].init(2 * 4);  // a lane of each warp
             }
             fence_barriers();
         }
-        __syncthreads();  // protects weights, barriers and the walk: all are there
+        __syncthreads();  // protects the barriers: all are there
+        const Walk walk(all.scan, unit, pair);
+        const Course course(unit, walk.chunks);
         const int group = uniform(threadIdx.x / 128);
         if (group < 2) {
             registers_up<240>();
+            shared.own[group].set(walk, walk.decay.all_writes(), group);
             consume(group, course);
         } else {
             registers_down<24>();
-            if (threadIdx.x % 128 == 0) produce();
+            if (threadIdx.x % 128 == 0) produce(walk);
         }
     }
 
@@ -67,34 +61,33 @@ struct HopperGrads {
     __device__ void consume(int group, const Course& course) {
         Panel* ring = shared.ring;
         Places at = {ring + 2 * PANELS, ring, ring + PANELS + group, shared.scores + group,
-                     shared.out + group, shared.mask, shared.edge[group], shared.full, shared.empty};
+                     shared.out + group, shared.own[group], shared.full, shared.empty};
         if (pair) {
             at.a = ring + (2 + group) * PANELS;
             at.b = ring + group * PANELS;
             at.c = ring + (1 - group) * PANELS;
             Consumer<E, DIM, DIM, 2, PAIR_STAGES, PAIR_PANELS, false>(
-                all, shared.walk, course, at, DK + group, 0, group).run();
+                all, course, at, DK + group, 0, group).run();
         } else {
             Consumer<E, DIM, DIM, 1, LONE_STAGES, LONE_PANELS, false>(
-                all, shared.walk, course, at, DQ, group * 64, group).run();
+                all, course, at, DQ, group * 64, group).run();
         }
     }
 
-    __device__ void produce() const {
+    __device__ void produce(const Walk& walk) const {
         const auto& maps = all.maps;
         if (pair) {
             const TensorMap* tensors[] = {&maps[DK][B], &maps[DK][C], &maps[DK][A], &maps[DV][A]};
-            fill<PAIR_STAGES>(tensors);
+            fill<PAIR_STAGES>(walk, tensors);
         } else {
             const TensorMap* tensors[] = {&maps[DQ][B], &maps[DQ][C], &maps[DQ][A]};
-            fill<LONE_STAGES>(tensors);
+            fill<LONE_STAGES>(walk, tensors);
         }
     }
 
     // Keep the ring filled. Chunks that only update the state want the first two tensors alone.
     template <int STAGES, int COUNT>
-    __device__ void fill(const TensorMap* const (&tensors)[COUNT]) const {
-        const Walk& walk = shared.walk;
+    __device__ void fill(const Walk& walk, const TensorMap* const (&tensors)[COUNT]) const {
         for (int n = 0; n < walk.chunks.count; ++n) {
             const int stage = n % STAGES, round = n / STAGES, token = walk.chunks.token(n, CHUNK);
             const int count = n >= walk.unit.num_warm ? COUNT : 2;

@@ -19,10 +19,8 @@ struct HopperScan {
     struct Shared {
         Panel ring[STAGES * STAGE_PANELS];  // in a stage those of b, c, a
         Panel scores[CONSUMERS][1 + SPLIT], out[CONSUMERS];
-        Mask mask;
-        EdgeWeights edge[CONSUMERS];
+        Own own[CONSUMERS];
         Barrier full[STAGES], empty[STAGES];
-        Walk walk;
     };
 
     const HopperScanParams& all;
@@ -31,39 +29,34 @@ struct HopperScan {
     Shared& shared;
 
     __device__ void run(const Unit& unit) {
-        const Walk walk(all.scan, unit, index >= all.scan.first_back);
-        const Course course(unit, walk.chunks);
-        const Decay& decay = walk.decay;
-        shared.mask.set(decay, threadIdx.x, NUM_THREADS);
-        for (EdgeWeights& edge : shared.edge)
-            edge.set(decay, CHUNK, SPLIT ? 1.0f : decay.all_writes(), threadIdx.x, NUM_THREADS);
         if (threadIdx.x == 0) {
-            shared.walk = walk;
             for (int stage = 0; stage < STAGES; ++stage) {
                 shared.full[stage].init(1);
                 shared.empty[stage].init(CONSUMERS * 4);  // a lane of each warp
             }
             fence_barriers();
         }
-        __syncthreads();  // protects weights, barriers and the walk: all are there
+        __syncthreads();  // protects the barriers: all are there
+        const Walk walk(all.scan, unit, index >= all.scan.first_back);
+        const Course course(unit, walk.chunks);
         const int group = uniform(threadIdx.x / 128);
         if (group < CONSUMERS) {
             if constexpr (CONSUMERS == 2) registers_up<240>();
+            shared.own[group].set(walk, SPLIT ? 1.0f : walk.decay.all_writes(), group);
             Panel* ring = shared.ring;
             const Places places = {ring + PANELS + CONSUMERS, ring, ring + PANELS + group,
-                                   shared.scores[group], shared.out + group, shared.mask,
-                                   shared.edge[group], shared.full, shared.empty};
+                                   shared.scores[group], shared.out + group, shared.own[group],
+                                   shared.full, shared.empty};
             Consumer<E, B_DIM, 0, 1, STAGES, STAGE_PANELS, SPLIT>(
-                all, shared.walk, course, places, index, column + group * 64, group).run();
+                all, course, places, index, column + group * 64, group).run();
         } else {
             if constexpr (CONSUMERS == 2) registers_down<24>();
-            if (threadIdx.x % 128 == 0) produce();
+            if (threadIdx.x % 128 == 0) produce(walk);
         }
     }
 
-    __device__ void produce() const {
+    __device__ void produce(const Walk& walk) const {
         const TensorMap(&maps)[4] = all.maps[index];
-        const Walk& walk = shared.walk;
         const int head = walk.unit.head, batch = walk.unit.batch;
         for (int n = 0; n < walk.chunks.count; ++n) {
             const int stage = n % STAGES, round = n / STAGES, token = walk.chunks.token(n, CHUNK);
