@@ -80,8 +80,8 @@ OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cu
 # backward and "high" precision are nearer to what the products take, and two consumers share their
 # copies.
 HOPPER_SCAN = {
-    (64, "forward"): Tile(num_stages=4, programs_per_sm=2, consumers=1),
-    (64, "backward"): Tile(num_stages=4, programs_per_sm=2, consumers=1),
+    (64, "forward"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
+    (64, "backward"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
     (128, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (128, "backward"): Tile(num_stages=3, programs_per_sm=2, consumers=2, width=128, paired=True),

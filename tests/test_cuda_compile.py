@@ -45,18 +45,19 @@ def instances(capability):
 
 
 def rows(architecture, folder):
-    """Instance, tile, registers and stack of each instance."""
-    tables = dict(instances(ARCHITECTURES[architecture]))
+    """Instance, tile, registers and stack, for each tile with which an instance is used."""
+    pairs = list(dict.fromkeys(instances(ARCHITECTURES[architecture])))
+    distinct = list(dict.fromkeys(instance for instance, _ in pairs))
 
-    def row(pair):
-        number, (instance, tile) = pair
+    def used(number):
         own = folder / str(number)
         own.mkdir()
-        code, log = nvrtc.compiled(instance, architecture)
-        return instance, tile, nvrtc.resources(code, own) | {"log": log}
+        code, log = nvrtc.compiled(distinct[number], architecture)
+        return nvrtc.resources(code, own) | {"log": log}
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(row, enumerate(tables.items())))
+        by_instance = dict(zip(distinct, pool.map(used, range(len(distinct))), strict=True))
+    return [(instance, tile, by_instance[instance]) for instance, tile in pairs]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

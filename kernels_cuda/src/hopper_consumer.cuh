@@ -380,6 +380,7 @@ struct Consumer {
             for (int half = 0; half < HALVES; ++half) {
                 prepare(added, slot, half, past);
                 write(added, slot, half);
+                products_wait<0>();
                 weighted<true>(added, slot, half);
                 write(added, slot, half);
                 products_wait<0>();
