@@ -92,6 +92,13 @@ def test_every_mode_is_right(kernels, mode, segments, dims, device):
         assert (schedule.chains is not None) == (mode == "two-pass")
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+def test_a_single_token_is_not_rounded_on_its_way_into_the_state(kernels, dims, device):
+    _, _, found = assert_right("cuda", inputs_of(device, B=2, T=1, dims=dims))
+    for name in ("final_state", "grad_initial_state"):
+        assert found[name].rms < 1e-6
+
+
 @pytest.mark.parametrize(("mode", "segments"), MODES[:3])
 def test_scans_of_dk_and_dv_are_right_in_blocks_of_their_own(mode, segments, monkeypatch, device):
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
@@ -422,7 +429,7 @@ GRADS_DEFECTS = {
         "state[half][i] *= half ? 1.0f : past;",
     ),
     "outputs_of_both_halves_in_one_place": ("column + half * 64;", "column;"),
-    "a_single_tokens_share_is_rounded": ("weighted<true>(added", "continue; weighted<true>(added"),
+    "a_short_chunk_decays_by_the_factor_too": ("factor == 0.0f ? past : past_of_writes", "past"),
 }
 ALL_DEFECTS = [
     *(("portable", name, DEFECTS | PORTABLE_DEFECTS) for name in (*DEFECTS, *PORTABLE_DEFECTS)),

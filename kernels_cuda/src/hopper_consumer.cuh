@@ -270,8 +270,7 @@ struct Consumer {
         products_commit();
     }
 
-    // Columns of c as rows of a left operand, weighted and rounded; with REST what rounding took from them.
-    template <bool REST = false>
+    // Columns of c as rows of a left operand, weighted and rounded.
     __device__ void weighted(Left& left, const Slot& slot, int half) {
         const Tile<64> c = {at.c[slot.panel() + half]};
 #pragma unroll
@@ -281,9 +280,9 @@ struct Consumer {
 #pragma unroll
             for (int block = 0; block < 4; ++block) {
                 const float* w = at.own.edge.write + j * 16 + block / 2 * 8 + pair;
-                const Halves<E, SPLIT || REST> halves(E::first(blocks[block]) * w[0],
-                                                      E::second(blocks[block]) * w[1]);
-                left[0][j][block] = REST ? halves.low : halves.high;
+                const Halves<E, SPLIT> halves(E::first(blocks[block]) * w[0],
+                                              E::second(blocks[block]) * w[1]);
+                left[0][j][block] = halves.high;
                 if constexpr (SPLIT) left[1][j][block] = halves.low;
             }
         }
@@ -350,8 +349,7 @@ struct Consumer {
         group_sync(group);  // protects the weights of whole chunks: all warps are done with them
         for (int p = 0; p < B_DIM / 64; ++p) clear((unsigned char*)at.b[first + p], num_rows);
         for (int half = 0; half < HALVES; ++half) clear(at.c[first + half], num_rows);
-        const float write_factor = HALVES == 1 ? 1.0f : at.own.walk.decay.all_writes();
-        at.own.edge.set(at.own.walk.decay, num_rows, write_factor, threadIdx.x % 128, 128);
+        at.own.edge.set(at.own.walk.decay, num_rows, 1.0f, threadIdx.x % 128, 128);
         fence_shared();
         group_sync(group);  // protects cleared rows and weights (two groups clear the same rows)
         if (all.scan.with_output) {
@@ -371,21 +369,25 @@ struct Consumer {
                 store(half, at.own.walk.chunks.token(at.own.walk.chunks.count - 1, CHUNK), num_rows);
             }
         }
-        const float past = expf(at.own.walk.decay.g * num_rows);
-        if constexpr (HALVES == 1) {
+        const Decay& decay = at.own.walk.decay;
+        const float past = expf(decay.g * num_rows);
+        if constexpr (HALVES == 1)
             write_apart(added, slot, 0, past);
-        } else {
-            // For sums apart there are no registers. So that a single token isn't rounded, it comes in halves.
+        else
+            write_scaled(added, slot, past, decay.past_of_writes(num_rows), decay.all_writes());
+    }
+
+    // The same without registers for sums apart: state = factor (past / factor state + (C weighted)^T B).
+    __device__ void write_scaled(Left& added, const Slot& slot, float past, float past_of_writes, float factor) {
 #pragma unroll
-            for (int half = 0; half < HALVES; ++half) {
-                prepare(added, slot, half, past);
-                write(added, slot, half);
-                products_wait<0>();
-                weighted<true>(added, slot, half);
-                write(added, slot, half);
-                products_wait<0>();
-                keep(state[half]);
-            }
+        for (int half = 0; half < HALVES; ++half) {
+            prepare(added, slot, half, factor == 0.0f ? past : past_of_writes);
+            if (factor == 0.0f) continue;
+            write(added, slot, half);
+            products_wait<0>();
+            keep(state[half]);
+#pragma unroll
+            for (int i = 0; i < B_DIM / 2; ++i) state[half][i] *= factor;
         }
     }
 
