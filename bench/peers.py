@@ -91,8 +91,8 @@ def fla_needs(problem: Problem) -> str | None:
 
 def lightning_attn2_needs(problem: Problem) -> str | None:
     """Why OpenNLPLab's kernels can't run a call."""
-    if find_spec("lightning_attn") is None or find_spec("einops") is None:
-        return "needs the packages lightning-attn and einops"
+    if find_spec("lightning_attn") is None:
+        return "needs the package lightning-attn"
     if problem.device != "cuda":
         return f"needs a CUDA device, got {problem.device}"
     if problem.dtype not in (torch.float16, torch.bfloat16) or problem.precision != "default":

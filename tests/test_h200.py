@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench import gpu_checks, h200, roofline, rows
+from attnlab import registry
+from bench import calls, gpu_checks, h200, peers, roofline, rows
 from bench.peers import CUDA_KERNELS, PEERS
 
 LINES = {line.name: line for line in h200.LINES}
@@ -24,6 +25,20 @@ def test_a_line_is_timed_for_all_backends_and_for_kernels_that_are_named():
     assert backends_of(FORWARD, "8x16x8K", *CUDA_KERNELS) == list(CUDA_KERNELS)
     assert backends_of(HIGH) == ["triton", "cuda"]
     assert backends_of(LINES["256x64x512.d128.decode"]) == ["triton", "cuda", "fla"]
+
+
+def test_a_peer_says_what_it_lacks(monkeypatch):
+    point = next(p for p in h200.points_of(FORWARD, "a GPU") if p.backend == "lightning_attn2")
+    problem = calls.problem_of(point, "cuda")
+    for found, changes, reason in (
+        (None, {}, "needs the package lightning-attn"),
+        ("found", {"precision": "high"}, "needs 16-bit inputs"),
+        ("found", {"key_dim": 256}, "more than 128 channels"),
+        ("found", {}, None),
+    ):
+        monkeypatch.setattr(peers, "find_spec", lambda name, found=found: found)
+        said = registry.why_not(problem.op, "lightning_attn2", replace(problem, **changes))
+        assert said == reason if reason is None else reason in said
 
 
 def written(path, measured):
