@@ -1,0 +1,238 @@
+"""Time variants of the CUDA kernels' tunables on one GPU, a line each; --compile fills the cache first.
+
+A variant: a name, the passes it matters to, tiles by table key, replacements in the sources.
+"""
+
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path.cwd()
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from attnlab import schedules  # noqa: E402
+from attnlab.decay import minimax_log_decay  # noqa: E402
+from attnlab.functional import lightning_attention  # noqa: E402
+from kernels_cuda import lightning, module, tiles  # noqa: E402
+from kernels_cuda.module import Instance  # noqa: E402
+from kernels_cuda.tiles import Tile  # noqa: E402
+
+SHAPES = {
+    128: [(1, 64, 65536), (8, 16, 8192), (1, 64, 4096), (1, 64, 512)],
+    64: [(8, 16, 8192), (1, 64, 65536)],
+}
+FWD, BWD = (128, "forward"), (128, "backward")
+F64, B64 = (64, "forward"), (64, "backward")
+HIGH = (128, "high")
+NO_SCORE_AHEAD = [
+    (
+        "wait_full(next);\n                    score(next);\n                    products_wait<1>();",
+        "products_wait<0>();",
+    ),
+    (
+        "if constexpr (EARLY) read_state(next, 0);",
+        "wait_full(next); score(next); if constexpr (EARLY) read_state(next, 0);",
+    ),
+]
+REGISTERS_232 = [
+    ("registers_up<240>", "registers_up<232>"),
+    ("registers_down<24>", "registers_down<40>"),
+]
+
+
+@dataclass
+class Variant:
+    name: str
+    dim: int
+    kind: str  # forward, backward, high
+    tile: Tile | None = None
+    changes: list = field(default_factory=list)
+    hopper: bool = True
+    promotion: int = 3  # of a box to L2: 0 none, 1 64 B, 2 128 B, 3 256 B
+
+
+def one(stages, per_sm=1):
+    return Tile(num_stages=stages, programs_per_sm=per_sm, consumers=1)
+
+
+def two(stages):
+    return Tile(num_stages=stages, programs_per_sm=1, consumers=2, width=128)
+
+
+def paired(stages, per_sm=2):
+    return Tile(num_stages=stages, programs_per_sm=per_sm, consumers=2, width=128, paired=True)
+
+
+VARIANTS = [
+    Variant("fwd128 portable 2 stages x2", 128, "forward", hopper=False),
+    Variant("fwd128 1 consumer 4 stages", 128, "forward", one(4)),
+    Variant("fwd128 1 consumer 3 stages", 128, "forward", one(3)),
+    Variant("fwd128 1 consumer 5 stages", 128, "forward", one(5)),
+    Variant("fwd128 1 consumer 4 stages, no score ahead", 128, "forward", one(4), NO_SCORE_AHEAD),
+    Variant("fwd128 1 consumer 4 stages, boxes to L2 by 128", 128, "forward", one(4), promotion=2),
+    Variant("fwd128 2 consumers 4 stages", 128, "forward", two(4)),
+    Variant("fwd128 2 consumers 3 stages", 128, "forward", two(3)),
+    Variant("fwd128 2 consumers 4 stages, 232 registers", 128, "forward", two(4), REGISTERS_232),
+    Variant("bwd128 paired 3 stages", 128, "backward", paired(3)),
+    Variant("bwd128 paired 2 stages", 128, "backward", paired(2)),
+    Variant("bwd128 paired 3 stages, planned as 3 slots a SM", 128, "backward", paired(3, 3)),
+    Variant("bwd128 paired 3 stages, no score ahead", 128, "backward", paired(3), NO_SCORE_AHEAD),
+    Variant("bwd128 apart 2 consumers 4 stages", 128, "backward", two(4)),
+    Variant("bwd128 apart 2 consumers 3 stages", 128, "backward", two(3)),
+    Variant("bwd128 apart 1 consumer 4 stages", 128, "backward", one(4)),
+    Variant("bwd128 portable", 128, "backward", hopper=False),
+    Variant("high128 2 consumers 3 stages", 128, "high", two(3)),
+    Variant("high128 1 consumer 4 stages", 128, "high", one(4)),
+    Variant("fwd64 1 consumer 3 stages x2", 64, "forward", one(3, 2)),
+    Variant("fwd64 1 consumer 2 stages x2", 64, "forward", one(2, 2)),
+    Variant("fwd64 1 consumer 6 stages x1", 64, "forward", one(6)),
+    Variant("fwd64 portable", 64, "forward", hopper=False),
+    Variant("bwd64 1 consumer 3 stages x2", 64, "backward", one(3, 2)),
+    Variant("bwd64 1 consumer 6 stages x1", 64, "backward", one(6)),
+    Variant("bwd64 portable", 64, "backward", hopper=False),
+]
+
+_source = Instance.source
+
+
+@contextmanager
+def applied(variant):
+    from kernels_cuda import tensor_map
+
+    def source(self, *folders):
+        text = _source(self, *folders)
+        for old, new in variant.changes:
+            text = text.replace(old, new)
+        return text
+
+    Instance.source = source
+    before, promotion = dict(tiles.HOPPER_SCAN), tensor_map._PROMOTE_256B
+    if variant.tile:
+        tiles.HOPPER_SCAN[variant.dim, variant.kind] = variant.tile
+    tensor_map._PROMOTE_256B = variant.promotion
+    forget()
+    try:
+        with lightning.hopper_kernels(variant.hopper):
+            yield
+    finally:
+        Instance.source = _source
+        tiles.HOPPER_SCAN.clear()
+        tiles.HOPPER_SCAN.update(before)
+        tensor_map._PROMOTE_256B = promotion
+
+
+def forget():
+    from kernels_cuda import tensor_map
+
+    for x in (
+        module.kernel,
+        lightning._tile_of,
+        lightning.instance_of,
+        lightning.grads_of,
+        tensor_map._encoded,
+    ):
+        x.cache_clear()
+    module._failures.clear()
+    schedules._schedules.clear()
+
+
+def compile_one(number):
+    variant = VARIANTS[number]
+    with applied(variant):
+        tile = variant.tile or tiles.scan_tile(variant.dim, (9, 0))
+        precision = "high" if variant.kind == "high" else "default"
+        wanted = [lightning.instance_of(variant.dim, torch.bfloat16, tile, precision)]
+        if tile.paired:
+            wanted.append(lightning.grads_of(torch.bfloat16, tile))
+        try:
+            for instance in wanted:
+                module.cubin(instance, "sm_90a")
+        except Exception as error:
+            return f"{variant.name}: {str(error)[:300]}"
+    return None
+
+
+def inputs_of(shape, dim):
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = (*shape, dim)
+    made = [
+        torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=generator)
+        for _ in range(4)
+    ]
+    return made, minimax_log_decay(shape[1], 0, 80).cuda()
+
+
+def call_of(variant, tensors, g):
+    q, k, v, do = tensors
+    flags = {"backend": "cuda", "precision": "high" if variant.kind == "high" else "default"}
+    if variant.kind != "backward":
+        return lambda: lightning_attention(q, k, v, g, **flags).output
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    output = lightning_attention(*leaves, g, **flags).output
+    return lambda: torch.autograd.grad(output, leaves, do, retain_graph=True)
+
+
+def milliseconds(call):
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=8, rep=40, return_mode="median")
+
+
+def copy_gbps():
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / milliseconds(lambda: y.copy_(x)) / 1e6
+
+
+def main():
+    start, budget = time.perf_counter(), float(sys.argv[1])
+    rate = copy_gbps()
+    print(f"{torch.cuda.get_device_name()}: copy {rate:.0f} GB/s", flush=True)
+    expected = {}
+    for dim, shapes in SHAPES.items():
+        for shape in shapes:
+            tensors, g = inputs_of(shape, dim)
+            for variant in (v for v in VARIANTS if v.dim == dim):
+                if shape[2] == 512 and variant.kind == "backward":
+                    continue
+                if variant.kind == "high" and shape != (1, 64, 65536):
+                    continue
+                if time.perf_counter() - start > budget:
+                    print("budget used up")
+                    return
+                try:
+                    with applied(variant):
+                        call = call_of(variant, tensors, g)
+                        results = call()
+                        results = results if isinstance(results, tuple) else (results,)
+                        known = expected.setdefault(
+                            (shape, dim, variant.kind), [x.clone() for x in results]
+                        )
+                        apart = max(
+                            ((x.float() - y.float()).norm() / y.float().norm()).item()
+                            for x, y in zip(results, known, strict=True)
+                        )
+                        ms = milliseconds(call)
+                    touched = 7 if variant.kind == "backward" else 4
+                    floor = touched * tensors[0].numel() * 2 / rate / 1e6
+                    text = f"{ms:9.4f} ms {floor / ms:6.1%}  from the first {apart:.1e}"
+                except Exception as error:
+                    text = f"{type(error).__name__}: {str(error)[:200]}"
+                name = f"{shape[0]},{shape[1]},{shape[2]},{dim}"
+                print(f"{name:18} {variant.name:50} {text}", flush=True)
+            del tensors
+            expected.clear()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--compile"]:
+        with ProcessPoolExecutor(14) as pool:
+            for failure in filter(None, pool.map(compile_one, range(len(VARIANTS)))):
+                print("not compiled:", failure)
+    else:
+        main()
