@@ -1,4 +1,7 @@
-"""Time variants of the CUDA kernels' tunables on one GPU, a line each; --compile fills the cache first.
+"""Time variants of the CUDA kernels' tunables on one GPU, a line each, for a number of seconds.
+
+    python bench/cuda_variants.py --compile   # fills the cache of compiled kernels first
+    python bench/cuda_variants.py 90
 
 A variant: a name, the passes it matters to, tiles by table key, replacements in the sources.
 """
@@ -10,17 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path.cwd()
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from attnlab import schedules  # noqa: E402
-from attnlab.decay import minimax_log_decay  # noqa: E402
-from attnlab.functional import lightning_attention  # noqa: E402
-from kernels_cuda import lightning, module, tiles  # noqa: E402
-from kernels_cuda.module import Instance  # noqa: E402
-from kernels_cuda.tiles import Tile  # noqa: E402
+from attnlab import schedules
+from attnlab.decay import minimax_log_decay
+from attnlab.functional import lightning_attention
+from kernels_cuda import lightning, module, tiles
+from kernels_cuda.module import Instance
+from kernels_cuda.tiles import Tile
 
 SHAPES = {
     128: [(1, 64, 65536), (8, 16, 8192), (1, 64, 4096), (1, 64, 512)],
@@ -107,6 +109,8 @@ def applied(variant):
     def source(self, *folders):
         text = _source(self, *folders)
         for old, new in variant.changes:
+            if old not in text:
+                raise ValueError(f"expected {old!r} in the sources, got none: mend {variant.name}")
             text = text.replace(old, new)
         return text
 
@@ -189,50 +193,54 @@ def copy_gbps():
     return 2 * x.numel() / milliseconds(lambda: y.copy_(x)) / 1e6
 
 
-def main():
-    start, budget = time.perf_counter(), float(sys.argv[1])
-    rate = copy_gbps()
+def measure(variant, shape, tensors, g, rate, expected):
+    """A line: time, share of the floor at a copy `rate`, distance from the first variant's result."""
+    with applied(variant):
+        call = call_of(variant, tensors, g)
+        results = call()
+        results = results if isinstance(results, tuple) else (results,)
+        first = expected.setdefault((shape, variant.kind), [x.clone() for x in results])
+        apart = max(
+            ((x.float() - y.float()).norm() / y.float().norm()).item()
+            for x, y in zip(results, first, strict=True)
+        )
+        ms = milliseconds(call)
+    touched = 7 if variant.kind == "backward" else 4
+    floor = touched * tensors[0].numel() * 2 / rate / 1e6
+    return f"{ms:9.4f} ms {floor / ms:6.1%}  from the first {apart:.1e}"
+
+
+def variants_of(dim, shape):
+    """Those that a shape tells something of."""
+    for variant in VARIANTS:
+        short = shape[2] == 512 and variant.kind == "backward"
+        other = variant.kind == "high" and shape != (1, 64, 65536)
+        if variant.dim == dim and not short and not other:
+            yield variant
+
+
+def main(budget):
+    start, rate, expected = time.perf_counter(), copy_gbps(), {}
     print(f"{torch.cuda.get_device_name()}: copy {rate:.0f} GB/s", flush=True)
-    expected = {}
-    for dim, shapes in SHAPES.items():
-        for shape in shapes:
-            tensors, g = inputs_of(shape, dim)
-            for variant in (v for v in VARIANTS if v.dim == dim):
-                if shape[2] == 512 and variant.kind == "backward":
-                    continue
-                if variant.kind == "high" and shape != (1, 64, 65536):
-                    continue
-                if time.perf_counter() - start > budget:
-                    print("budget used up")
-                    return
-                try:
-                    with applied(variant):
-                        call = call_of(variant, tensors, g)
-                        results = call()
-                        results = results if isinstance(results, tuple) else (results,)
-                        known = expected.setdefault(
-                            (shape, dim, variant.kind), [x.clone() for x in results]
-                        )
-                        apart = max(
-                            ((x.float() - y.float()).norm() / y.float().norm()).item()
-                            for x, y in zip(results, known, strict=True)
-                        )
-                        ms = milliseconds(call)
-                    touched = 7 if variant.kind == "backward" else 4
-                    floor = touched * tensors[0].numel() * 2 / rate / 1e6
-                    text = f"{ms:9.4f} ms {floor / ms:6.1%}  from the first {apart:.1e}"
-                except Exception as error:
-                    text = f"{type(error).__name__}: {str(error)[:200]}"
-                name = f"{shape[0]},{shape[1]},{shape[2]},{dim}"
-                print(f"{name:18} {variant.name:50} {text}", flush=True)
-            del tensors
-            expected.clear()
+    for dim, shape in [(dim, shape) for dim, shapes in SHAPES.items() for shape in shapes]:
+        tensors, g = inputs_of(shape, dim)
+        expected.clear()
+        for variant in variants_of(dim, shape):
+            if time.perf_counter() - start > budget:
+                print("budget used up")
+                return
+            try:
+                text = measure(variant, shape, tensors, g, rate, expected)
+            except Exception as error:  # the other variants are timed all the same
+                text = f"{type(error).__name__}: {str(error)[:200]}"
+            name = ",".join(map(str, (*shape, dim)))
+            print(f"{name:18} {variant.name:50} {text}", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--compile"]:
-        with ProcessPoolExecutor(14) as pool:
+        with ProcessPoolExecutor() as pool:
             for failure in filter(None, pool.map(compile_one, range(len(VARIANTS)))):
                 print("not compiled:", failure)
     else:
-        main()
+        main(float(sys.argv[1]))

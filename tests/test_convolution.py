@@ -100,7 +100,7 @@ def test_the_module_of_triton_kernels_is_that_of_torch(device, monkeypatch):
     place = Placement(positions=torch.zeros(1, 1, device=device))
     results = []
     for fused in (False, True):
-        monkeypatch.setattr(module, "_fused", lambda *tensors, fused=fused: fused)
+        monkeypatch.setattr(module, "has_kernels_with", lambda *tensors, fused=fused: fused)
         cache = StateCache(None, torch.zeros(2, 3, 40, device=device))
         x = random(2, 20, 40, dtype=torch.float32, device=device, seed=1).split([1, 1, 7, 2, 9], 1)
         with torch.no_grad():

@@ -22,6 +22,7 @@ from attnlab.training.config import TrainConfig
 from attnlab.training.log import read_log
 from attnlab.training.tokenizer import load_tokenizer
 from attnlab.training.train import resume, train
+from tests.documents import write_documents
 
 KINDS = "linear_attention", "full_attention"
 SMALL = replace(
@@ -42,13 +43,7 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A folder with 40 short documents of English-like words."""
-    folder = tmp_path_factory.mktemp("corpus")
-    generator = torch.Generator().manual_seed(0)
-    words = ["the", "state", "of", "a", "head", "decays", "with", "each", "token", "it", "sees"]
-    for i in range(40):
-        picks = torch.randint(len(words), (150,), generator=generator).tolist()
-        (folder / f"{i:02}.txt").write_text(" ".join(words[k] for k in picks))
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"), 150)
 
 
 def settings(out, corpus, **changes):

@@ -23,6 +23,7 @@ from attnlab.training.options import field_helps
 from attnlab.training.tokenizer import load_tokenizer
 from attnlab.training.train import resume, train
 from attnlab.training.trainer import Trainer
+from tests.documents import write_documents
 
 SMALL = replace(
     HybridConfig.tiny(),
@@ -40,13 +41,7 @@ SMALL = replace(
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder with 40 short documents of English-like words."""
-    folder = tmp_path_factory.mktemp("corpus")
-    generator = torch.Generator().manual_seed(0)
-    words = ["the", "state", "of", "a", "head", "decays", "with", "each", "token", "it", "sees"]
-    for i in range(40):
-        picks = torch.randint(len(words), (200,), generator=generator).tolist()
-        (folder / f"{i:02}.txt").write_text(" ".join(words[k] for k in picks))
-    return str(folder)
+    return str(write_documents(tmp_path_factory.mktemp("corpus"), 200))
 
 
 def settings(out, folder, **changes):

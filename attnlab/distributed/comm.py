@@ -7,6 +7,7 @@ of one rank sends nothing. Every rank of a group has to make the same calls in t
 is skipped is skipped by all, for a reason that all can see.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,8 +193,10 @@ class _SumOverRanks(torch.autograd.Function):
         return ctx.group.all_reduce(grad).wait(), None
 
 
-def check_agreement(group: Group, number: int, what: str) -> None:
-    """Raise the same `ValueError` on all ranks unless `number` is the same on all of them."""
+def check_agreement(group: Group, value: object, what: str) -> None:
+    """Raise the same `ValueError` on all ranks unless `value` prints the same on all of them."""
+    digest = hashlib.sha256(repr(value).encode()).digest()
+    number = int.from_bytes(digest[:8], "little") >> 1  # an int64 that is not negative
     numbers = (
         group.all_gather(torch.tensor([number], device=group.device)).wait().flatten().tolist()
     )

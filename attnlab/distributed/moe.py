@@ -8,8 +8,9 @@ their channels; every rank has tokens of its own. A group of tokens passes five 
 rows to their experts (all-to-all over ep), A gathers them over etp, X computes partial sums of this
 rank's channels, R sums and scatters them, Y sends them back. The stages of several groups overlap,
 in the order of `streams.moe_schedule`: each process group works off its collectives one by one while
-the experts compute (on CUDA streams of their own, `queues`). All row counts are exchanged beforehand, so nothing else waits for the host. The
-backward overlaps likewise, in the order of `streams.moe_backward_schedule`, and reuses the counts.
+the experts compute (on CUDA streams of their own, `queues`). All row counts are exchanged beforehand,
+so nothing else waits for the host. The backward overlaps likewise, in the order of
+`streams.moe_backward_schedule`, and reuses the counts.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,6 @@ All ranks are given all packs of a step and take their part: replicas every dp-t
 chunk, tp ranks their tokens of it. Masters and moments are float32 and sharded.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -101,7 +100,7 @@ class ParallelTrainer:
         dp, cp, world = (self.meshes.group(axis) for axis in ("dp", "cp", "world"))
         expect(len(packs) % dp.size == 0, f"packs in a multiple of dp {dp.size}", len(packs))
         plans = [self._plan(pack) for pack in packs]
-        check_agreement(world, _fingerprint(plans), "cu_seqlens")
+        check_agreement(world, [plan.fingerprint() for plan in plans], "cu_seqlens")
         num_targets = sum(pack.num_targets for pack in packs)
         self.model.lm.linear_multiplier = multiplier
         total = torch.zeros((), device=self.device)
@@ -176,8 +175,3 @@ def _groups(model: ParallelLM, weight_decay: float) -> list[dict]:
             decay = weight_decay if decays else 0.0
             found += [{"params": parameters, "weight_decay": decay}] if parameters else []
     return found
-
-
-def _fingerprint(plans: Sequence[PackPlan]) -> int:
-    digest = hashlib.sha256(repr([plan.fingerprint() for plan in plans]).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -9,7 +9,6 @@ On a GPU it is the kernels of `kernels_triton.convolution`, but for packed seque
 others; elsewhere torch's.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 
 from attnlab.cache import LayerCache
 from attnlab.custom_op import CustomOp
+from attnlab.model.fused import has_kernels_with
 from attnlab.model.placement import Placement
-
-_HAS_TRITON = find_spec("triton") is not None
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class ShortConvolution(nn.Module):
@@ -41,7 +38,7 @@ class ShortConvolution(nn.Module):
         return self._packed(x, place.sequence[0], place.cu_seqlens, before)
 
     def _dense(self, x: Tensor, before: Tensor | None) -> Tensor:
-        if _fused(x, self.weight):
+        if has_kernels_with(x, self.weight):
             output = _convolution(x, self.weight, None, before)
             if before is not None:
                 gap = self.width - 1
@@ -55,7 +52,7 @@ class ShortConvolution(nn.Module):
 
     def _packed(self, x: Tensor, sequence: Tensor, bounds: Tensor, before: Tensor | None) -> Tensor:
         """Put W-1 inputs before each sequence, so that none reaches into another."""
-        if before is None and _fused(x, self.weight):
+        if before is None and has_kernels_with(x, self.weight):
             return _convolution(x, self.weight, sequence, None)
         num_tokens, channels = x.shape[1:]
         gap, num_sequences = self.width - 1, bounds.shape[0] - 1
@@ -75,13 +72,6 @@ class ShortConvolution(nn.Module):
         """`[B, T, D]` from `[B, W-1+T, D]`."""
         weight = self.weight[:, None]  # [D, 1, W]
         return F.conv1d(joined.mT, weight, groups=weight.shape[0]).mT
-
-
-def _fused(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels take a call: what torch casts first is left to torch."""
-    if not (x.is_cuda and _HAS_TRITON and x.dtype in _DTYPES and x.dtype == weight.dtype):
-        return False
-    return not torch.is_autocast_enabled("cuda")
 
 
 def _convolve(x: Tensor, weight: Tensor, sequence: Tensor | None, before: Tensor | None) -> Tensor:

@@ -6,16 +6,13 @@ On a GPU it is the kernels of `kernels_triton.heads`, whose backward writes the 
 in one pass; autograd's would stack three tensors first. Elsewhere it is a few ops of torch.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attnlab.custom_op import CustomOp
-
-_HAS_TRITON = find_spec("triton") is not None
+from attnlab.model.fused import has_kernels
 
 
 def silu_heads(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +20,7 @@ def silu_heads(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
     `x` is interleaved: query, key and value of head 0, then of head 1. Differentiable.
     """
-    if x.is_cuda and _HAS_TRITON and x.dtype != torch.float64:
+    if has_kernels(x):
         return _silu_heads(x, head_dim)
     heads = F.silu(x).unflatten(-1, (-1, 3, head_dim))  # [B, T, H, 3, K]
     query, key, value = (part.transpose(1, 2) for part in heads.unbind(3))

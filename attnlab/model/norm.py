@@ -5,7 +5,6 @@ Legend: D channels.
 On a GPU it is the kernels of `kernels_triton.norm`, forward and backward; elsewhere torch's.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 
 from attnlab.checks import expect
 from attnlab.custom_op import CustomOp
+from attnlab.model.fused import has_kernels_with
 
-_HAS_TRITON = find_spec("triton") is not None
 _MAX_WIDTH = 8192  # channels that the kernels hold
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -42,7 +40,7 @@ class RMSNorm(nn.RMSNorm):
         """
         expect(gate is None or scale is None, "a gate or a scale", "both")
         assert self.eps is not None
-        if _fused(x, self.weight, plus, gate):
+        if x.shape[-1] <= _MAX_WIDTH and has_kernels_with(x, self.weight, plus, gate):
             numbers = float(alpha), float(beta), self.eps
             return _rms_norm(x, plus, gate, scale, self.weight, *numbers)
         normed = super().forward(x if plus is None else weighted_sum(x, plus, alpha, beta))
@@ -59,14 +57,6 @@ def weighted_sum(x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
 def times_scale(x: Tensor, scale: Tensor) -> Tensor:
     """`[..., D]` times a scale a row, `[...]` of a wider dtype in which the product is rounded once."""
     return (x * scale[..., None]).to(x.dtype)
-
-
-def _fused(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take a call: what torch casts first is left to torch."""
-    if not (x.is_cuda and _HAS_TRITON and x.dtype in _DTYPES and x.shape[-1] <= _MAX_WIDTH):
-        return False
-    alike = all(y is None or y.dtype == x.dtype for y in others)
-    return alike and not torch.is_autocast_enabled("cuda")
 
 
 def _normalise(

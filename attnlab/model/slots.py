@@ -5,7 +5,6 @@ Legend: N tokens, k experts a token, S = N k slots sorted by expert, D hidden si
 On a GPU they are the kernels of `kernels_triton.experts`; elsewhere a few ops of torch.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnlab.custom_op import CustomOp
+from attnlab.model.fused import has_kernels
 
-_HAS_TRITON = find_spec("triton") is not None
 _FEW_SLOTS = 32  # above, slots share experts: their weights are read once for all in sorted order
 
 
@@ -42,7 +41,7 @@ def few_experts(
     None, too, where a gradient is wanted or there is no such kernel. `gate_up` is `[E, 2F, D]` and
     `down` `[E, D, F]`.
     """
-    if not _fused(x) or experts.numel() > _FEW_SLOTS or torch.is_grad_enabled():
+    if not has_kernels(x) or experts.numel() > _FEW_SLOTS or torch.is_grad_enabled():
         return None
     return _few_experts(x, experts, weights, gate_up, down)
 
@@ -50,10 +49,6 @@ def few_experts(
 def gated_silu(x: Tensor) -> Tensor:
     """`[S, F]`: SiLU(gate) * up of `[S, 2F]`, gates before values. Differentiable."""
     return _gated_silu(x)
-
-
-def _fused(x: Tensor) -> bool:
-    return x.is_cuda and _HAS_TRITON and x.dtype != torch.float64
 
 
 def _gather(x: Tensor, order: Tensor, slots: Tensor) -> Tensor:
@@ -78,7 +73,7 @@ _to_slots = CustomOp(
 
 
 def _add_up(rows: Tensor, slots: Tensor) -> Tensor:
-    if _fused(rows):
+    if has_kernels(rows):
         from kernels_triton import experts
 
         return experts.weighted_sum(rows, slots, None)
@@ -93,7 +88,7 @@ _sum_of_slots = CustomOp("sum_of_slots", _add_up, _fake_add_up)
 
 
 def _weighted_sum(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    if _fused(rows):
+    if has_kernels(rows):
         from kernels_triton import experts
 
         return experts.weighted_sum(rows.contiguous(), slots, weights.float().contiguous())
@@ -108,7 +103,7 @@ def _fake_weighted_sum(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 def _differentiate(
     grad: Tensor, rows: Tensor, slots: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if _fused(rows):
+    if has_kernels(rows):
         from kernels_triton import experts
 
         tensors = grad.contiguous(), rows.contiguous(), slots, weights.float().contiguous()
@@ -163,7 +158,7 @@ _few_experts = CustomOp("few_experts", _run_few, _fake_few)
 
 
 def _gate(x: Tensor) -> Tensor:
-    if _fused(x):
+    if has_kernels(x):
         from kernels_triton import experts
 
         return experts.gated_silu(x.contiguous())
@@ -176,7 +171,7 @@ def _fake_gate(x: Tensor) -> Tensor:
 
 
 def _differentiate_gate(grad: Tensor, x: Tensor) -> Tensor:
-    if _fused(x):
+    if has_kernels(x):
         from kernels_triton import experts
 
         return experts.gated_silu_backward(grad.contiguous(), x.contiguous())

@@ -53,7 +53,7 @@ def _weights(query: Tensor, keys: Tensor, batch: Batch) -> Tensor:
     length = batch.input_ids.shape[1]
     place = (batch.asked - (length - batch.tail_len)).clamp(min=0)  # [B, Q]
     absent = batch.distance[:, :, 0] == ABSENT
-    told = (batch.asked - batch.distance[:, :, 0]).clamp(min=0).masked_fill(absent, 0)
+    told = (batch.asked - batch.distance[:, :, 0]).masked_fill(absent, 0)
     slots = torch.arange(length, device=query.device)
     group = query.shape[1] // keys.shape[1]
     weights = query.new_zeros(*query.shape[:2], place.shape[1], dtype=torch.float32)
