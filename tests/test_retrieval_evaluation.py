@@ -345,6 +345,13 @@ def test_work_that_does_not_fit_the_memory_is_skipped(runs):
     assert skipped["status"] == "skipped_memory" and "75% of the" in skipped["reason"]
 
 
+def test_an_evaluation_without_memory_measures_nothing(runs, tmp_path, monkeypatch):
+    (tmp_path / "softmax").symlink_to(runs / "softmax")
+    monkeypatch.setattr(units, "MEMORY_SHARE", 0.0)
+    code, rows = evaluated(tmp_path)
+    assert code == 1 and {row["status"] for row in rows} == {"skipped_memory"}
+
+
 def test_tasks_that_do_not_fit_a_vocabulary_are_unsupported(runs):
     unit = replace(next(iter(retrieval_suite.units(1024, "", runs))), task="tracking")
     (row,) = unit.measure("cpu")
