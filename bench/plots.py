@@ -219,7 +219,9 @@ def mark_crossover(axes: Axes, lines: list[Line]) -> None:
     if found and isinstance(found[2].value, float):
         soft, light, where = found
         axes.axvline(where.value, color="#333333", linewidth=1, linestyle=":")
-        text = f"{soft.backend} = {light.backend}\nat {where}"
+        apart = soft.backend != light.backend  # stacks of one implementation differ by their op
+        names = (soft.backend, light.backend) if apart else (soft.op, light.op)
+        text = f"{' = '.join(names)}\nat {where}"
         left = where.value**2 < math.prod(axes.get_xlim())  # the text stands on the roomier side
         side = {"xytext": (4, -4)} if left else {"xytext": (-4, -4), "ha": "right"}
         place = {"xy": (where.value, 1), "xycoords": ("data", "axes fraction"), "va": "top"}

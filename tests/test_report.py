@@ -279,6 +279,18 @@ def test_the_crossover_is_marked_where_the_fit_puts_it(rows):
     assert not axes["decode step"].texts  # no crossover there: lightning is always faster
 
 
+def two_lines(rows):
+    return of(rows, "softmax", "sdpa") + of(rows, "lightning", "triton")
+
+
+def test_a_crossover_of_one_implementation_names_the_stacks(rows):
+    texts = []
+    for backend in ("attnlab", None):
+        changed = [row | {"backend": backend or row["backend"]} for row in two_lines(rows)]
+        texts.append(panels(changed, "time")["forward"].texts[0].get_text().splitlines()[0])
+    assert texts == ["softmax = lightning", "sdpa = triton"]
+
+
 def test_lengths_are_written_in_powers_of_two(rows):
     axis = panels(rows, "time")["forward"].xaxis
     labels = [axis.get_major_formatter()(x, None) for x in axis.get_ticklocs()]
