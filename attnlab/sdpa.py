@@ -119,6 +119,9 @@ def softmax_decode(
 
     What lies behind the ends must be finite: it is multiplied by weights of 0. Rows that are known
     to be of equal length, as on a CPU, need no mask, with which torch takes several times as long.
+
+    On a CPU torch's kernel adds the keys of a single query up one by one, whose float32 error grows
+    with their number beyond that of two plain products; these take as long.
     """
     equal = _equal_length(lengths)
     keys, values = (x[:, :, : span if equal is None else equal] for x in (keys, values))
@@ -127,10 +130,23 @@ def softmax_decode(
         seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None]  # [B, C]
         mask = seen[:, None, None]
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])  # [B, G, H/G, K]
-    output = softmax_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    if query.device.type == "cpu" and query.dtype.itemsize > 2:
+        output = _by_products(grouped, keys, values, mask, scale)
+    else:
+        output = softmax_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     # Not every kernel of torch gives zeros where a mask hides all keys.
     output = output.masked_fill((lengths == 0)[:, None, None, None], 0.0)
     return output.reshape(*query.shape[:3], values.shape[3])
+
+
+def _by_products(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Output of few queries, of which all scores fit in memory; NaN where a mask hides all keys."""
+    scores = query * (query.shape[3] ** -0.5 if scale is None else scale) @ keys.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ values
 
 
 def _equal_length(lengths: Tensor) -> int | None:

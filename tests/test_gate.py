@@ -181,3 +181,11 @@ def test_heads_that_wrap_around_and_a_stale_last_block_fail(backend, device, q_l
     for head in range(4, 16):
         output[:, head] = output[:, head % 4]
     assert call.judge(results).worst.ratio > 1
+
+
+@pytest.mark.parametrize("q_len", [2048, 16384, 131072])
+def test_a_softmax_step_over_text_passes_at_every_length(q_len):
+    """Its values have a mean, so that errors of float32 sums add up along the cache."""
+    facts = {"op": "softmax", "backend": "sdpa", "pass_": "decode", "layer": None}
+    call = calls.prepare(replace(POINT, q_len=q_len, **facts), Source("text", None, 0), "cpu")
+    assert call.judge(call.compute()).worst.ratio <= 1
