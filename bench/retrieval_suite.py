@@ -22,6 +22,7 @@ from bench.rows import Row
 
 SHIPPED = ROOT / "results" / "h100" / "retrieval"
 LEAST_LEN = 1 << 10
+DEAR = 1.2e15  # operations a row: beyond, needles of one length take a GPU as long as many other units
 CHUNKS = {"cpu": 1 << 13, "cuda": 1 << 16}  # tokens in one pass
 SOURCES = (
     *("attnlab/retrieval/batch.py", "attnlab/retrieval/symbols.py", "attnlab/retrieval/tasks.py"),
@@ -133,12 +134,16 @@ def _loaded(folder: str, device: str) -> Loaded:
 
 
 def units(max_len: int, dtype: str, folder: Path = SHIPPED) -> list[RetrievalUnit]:
-    """Needles first, each task from the cheapest model and length to the dearest; none without models."""
+    """Needles first, then the other tasks, then needles that cost as much as many of these; none
+    without models. Each from the cheapest model and length to the dearest.
+    """
     return sorted(_units(max_len, folder), key=lambda unit: (_rank(unit), unit.work()))
 
 
 def _rank(unit: RetrievalUnit) -> int:
-    return 0 if unit.task in evaluate.LONG_TASKS else 1
+    if unit.task not in evaluate.LONG_TASKS:
+        return 1
+    return 0 if unit.work() <= 8 * DEAR else 2
 
 
 def _units(max_len: int, folder: Path) -> Iterable[RetrievalUnit]:

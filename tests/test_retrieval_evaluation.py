@@ -239,10 +239,11 @@ def test_the_runs_at_the_best_rate_are_evaluated_with_all_their_seeds(tmp_path):
     assert [path.name for path in chosen_runs(tmp_path)] == ["b", "c"]
 
 
-def test_needles_alone_are_asked_beyond_256k_and_of_second_seeds():
+def test_needles_alone_are_asked_beyond_256k_of_second_seeds_and_of_variants():
     full = made_up(PLANS["full"].base, 1.0)
     assert len(tasks_of(full, 1 << 18)) == 7 and tasks_of(full, 1 << 19) == ["needle"]
     assert tasks_of(made_up(replace(full.run, seed=1), 1.0), 1024) == ["needle"]
+    assert tasks_of(made_up(replace(full.run, model="softmax.half-rotary"), 1.0), 1024) == ["needle"]
     text = made_up(PLANS["full"].text, 1.0)
     assert tasks_of(text, 1024) == ["number", "pass_key"] and tasks_of(text, 1 << 22) == ["number"]
     assert tasks_of(made_up(PLANS["full"].mqar, 1.0), 512) == ["mqar"]

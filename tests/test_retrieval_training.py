@@ -260,6 +260,17 @@ def test_the_second_stage_takes_the_rate_that_did_best():
     assert not {run.name for run in first} & {run.name for run in second}
 
 
+def test_processes_end_at_about_the_same_time():
+    plan = PLANS["full"]
+    runs = plan.second_stage([made_up(run, 1.0) for run in plan.first_stage()])
+    dealt = plans.shares(runs, 5)
+    assert sorted(run.name for share in dealt for run in share) == sorted(run.name for run in runs)
+    steps = [sum(run.steps for run in share) for share in dealt]
+    assert max(steps) - min(steps) <= max(run.steps for run in runs) // 2  # the longest is no tail
+    assert max(dealt[0], key=lambda run: run.steps) == dealt[0][0]
+    assert [len(share) for share in plans.shares(runs[:2], 5)] == [1, 1]
+
+
 def test_a_run_is_read_back_as_it_was():
     for plan in PLANS.values():
         for run in plan.first_stage():

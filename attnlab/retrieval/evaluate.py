@@ -102,12 +102,12 @@ def chosen_runs(folder: Path) -> list[Path]:
 
 
 def tasks_of(trained: Trained, length: int) -> list[str]:
-    """Tasks that a model is asked at a length: those it was trained on; second seeds needles alone."""
+    """Tasks that a model is asked at a length: its own, but needles alone of second seeds and of a recipe's variants."""
     data = trained.run.data
     if data == "mqar":
         return ["mqar"] if length in dict(SETTINGS) else []
     tasks = list(text.KINDS) if data == "text" else [t for t in WEIGHTS if t in trained.run.tasks]
-    if length > LONG or trained.run.seed > 0:
+    if length > LONG or trained.run.seed > 0 or "." in trained.run.model:
         return [task for task in tasks if task in LONG_TASKS]
     return tasks
 

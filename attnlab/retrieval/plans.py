@@ -3,7 +3,8 @@
 A plan has two stages: every architecture at every learning rate; then, at the rate that did best, a
 second seed of each architecture, the recipe's ablations, and the models of other data. All runs lie
 side by side in one folder, so a plan that was interrupted goes on where it was. Runs are small, so
-several processes may share a GPU: each takes every so many-th run of a stage.
+several processes may share a GPU: the runs of a stage are dealt out so that all end at about the
+same time.
 """
 
 import json
@@ -216,13 +217,25 @@ def train_all(session: Session, runs: list[Run]) -> None:
             return
 
 
+def shares(runs: list[Run], jobs: int) -> list[list[Run]]:
+    """The runs of each of up to `jobs` processes: the longest first, each to who has least to do."""
+    dealt: list[list[Run]] = [[] for _ in range(min(jobs, len(runs)))]
+    for run in sorted(runs, key=_tokens, reverse=True):
+        min(dealt, key=lambda share: sum(map(_tokens, share))).append(run)
+    return dealt
+
+
+def _tokens(run: Run) -> int:
+    return run.steps * run.batch_tokens
+
+
 def _spawn(session: Session, runs: list[Run]) -> None:
     """Share runs among processes of this module, and wait for them; a signal reaches them too."""
     threads = str(max((os.cpu_count() or 1) // session.jobs, 1))
     settings = json.dumps(asdict(replace(session, jobs=1)))
     workers = []
-    for number in range(min(session.jobs, len(runs))):
-        names = [run.name for run in runs[number :: session.jobs]]
+    for share in shares(runs, session.jobs):
+        names = [run.name for run in share]
         command = [sys.executable, "-m", "attnlab.retrieval.plans", settings, *names]
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
         workers.append(subprocess.Popen(command, env=environment))
