@@ -22,7 +22,7 @@ from bench.rows import Row
 
 SHIPPED = ROOT / "results" / "h100" / "retrieval"
 LEAST_LEN = 1 << 10
-DEAR = 1.2e15  # operations a row: beyond, needles of one length take a GPU as long as many other units
+DEAR = 1.2e15  # operations a row from which needles of one length take as long as many other units
 CHUNKS = {"cpu": 1 << 13, "cuda": 1 << 16}  # tokens in one pass
 SOURCES = (
     *("attnlab/retrieval/batch.py", "attnlab/retrieval/symbols.py", "attnlab/retrieval/tasks.py"),

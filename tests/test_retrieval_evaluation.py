@@ -243,7 +243,8 @@ def test_needles_alone_are_asked_beyond_256k_of_second_seeds_and_of_variants():
     full = made_up(PLANS["full"].base, 1.0)
     assert len(tasks_of(full, 1 << 18)) == 7 and tasks_of(full, 1 << 19) == ["needle"]
     assert tasks_of(made_up(replace(full.run, seed=1), 1.0), 1024) == ["needle"]
-    assert tasks_of(made_up(replace(full.run, model="softmax.half-rotary"), 1.0), 1024) == ["needle"]
+    variant = replace(full.run, model="softmax.half-rotary")
+    assert tasks_of(made_up(variant, 1.0), 1024) == ["needle"]
     text = made_up(PLANS["full"].text, 1.0)
     assert tasks_of(text, 1024) == ["number", "pass_key"] and tasks_of(text, 1 << 22) == ["number"]
     assert tasks_of(made_up(PLANS["full"].mqar, 1.0), 512) == ["mqar"]
