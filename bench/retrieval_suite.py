@@ -1,6 +1,6 @@
 """Suite "retrieval": what trained models find, by task, length and depth; rows of `attnlab.retrieval`.
 
-The models are those committed under results/h100/retrieval, or of any folder of runs.
+The models are those committed under results/h200/retrieval, or of any folder of runs.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from attnlab.retrieval.runs import Trained, read_trained
 from bench.plan import ROOT, lengths
 from bench.rows import Row
 
-SHIPPED = ROOT / "results" / "h100" / "retrieval"
+SHIPPED = ROOT / "results" / "h200" / "retrieval"
 LEAST_LEN = 1 << 10
 DEAR = 1.2e15  # operations a row from which needles of one length take as long as many other units
 CHUNKS = {"cpu": 1 << 13, "cuda": 1 << 16}  # tokens in one pass

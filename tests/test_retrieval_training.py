@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,6 +146,10 @@ def test_text_and_mqar_are_data_too():
     curriculum = Curriculum(shortest=256, stages=((1.0, 512),))
     of_text = mixture(data="text", corpus=text, curriculum=curriculum, batch_tokens=1024)
     assert of_text.batch(1, 4).joint in (5, 7)
+    batches = [of_text.batch(step, 64) for step in range(1, 65)]
+    needles = {(x.input_ids.shape[1], x.asked.shape[1] // x.joint) for x in batches}
+    # From the start several at a time: of one alone a model learns no more than to copy it.
+    assert needles == {(256, 1), (256, 2), (512, 1), (512, 2), (512, 3), (512, 4)}
     names = set(validation_batches(of_text, rows=2, lengths=[512]))
     assert names == {"number@512", "pass_key@512"}
     sized = Vocabulary(num_keys=8182, num_values=1, num_noise=1)
@@ -253,7 +258,9 @@ def test_the_second_stage_takes_the_rate_that_did_best():
     found = [made_up(run, 1.0 if run.learning_rate == 1e-3 else 0.5) for run in first]
     assert best_rates(found) == dict.fromkeys(KINDS, 1e-3)
     second = plan.second_stage(found)
-    assert {run.learning_rate for run in second if run.data != "text"} == {1e-3}
+    assert {run.learning_rate for run in second if run.data == "symbols"} == {1e-3}
+    rates = Counter(run.model for run in second if run.data == "mqar")
+    assert set(rates) == set(plans.MQAR_MODELS) and set(rates.values()) == {3}
     seeds = [run.model for run in second if run.seed == 1]
     assert seeds == list(KINDS)
     assert {run.data for run in second} == {"symbols", "mqar", "text"}

@@ -28,7 +28,7 @@ WEIGHTS = {  # shares of a batch's rows
     "tracking": 2,
     "frequent": 1,
 }
-TEXT_LEAST = 256  # bytes that hold a needle and its question
+TEXT_LEAST = max(len(a + b) for a, b in text.KINDS.values())  # bytes of a needle and its question
 VALIDATION_SEED = 1_000_000_007  # behind the seeds of all training steps
 
 
@@ -131,11 +131,15 @@ class Mixture:
     def _text(self, rows: int, length: int, seed: int, draw: random.Random) -> Batch:
         assert self.corpus is not None
         kind = draw.choice(list(text.KINDS))
-        most = (length - 1) // (2 * TEXT_LEAST // 2)
-        count = draw.randint(1, max(min(most, 8), 1))
+        count = draw.randint(1, _most_needles(length))
         return text.needle_in_text(
             self.corpus, rows=rows, length=length, seed=seed, kind=kind, num_questions=count
         )
+
+
+def _most_needles(length: int) -> int:
+    """As many as fit, up to 8: a model that sees one at a time learns no more than to copy it."""
+    return max(min((length - 1) // TEXT_LEAST, 8), 1)
 
 
 def training_shape(
@@ -174,7 +178,7 @@ def validation_batches(mixture: Mixture, *, rows: int, lengths: list[int]) -> di
             )
         elif mixture.data == "text":
             assert mixture.corpus is not None
-            count = max(min((length - 1) // TEXT_LEAST, 8), 1)
+            count = _most_needles(length)
             for kind in text.KINDS:
                 batches[f"{kind}@{length}"] = text.needle_in_text(
                     mixture.corpus, kind=kind, num_questions=count, **flags

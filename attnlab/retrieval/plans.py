@@ -7,6 +7,7 @@ several processes may share a GPU: the runs of a stage are dealt out so that all
 same time.
 """
 
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ ABLATIONS = (
 MQAR_MODELS = ("softmax", "lightning", "hybrid-1to1")
 TEXT_MODEL = "hybrid-3to1"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+MQAR_RATES = (5e-4, 1e-3, 2e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +66,8 @@ class Plan:
             runs.append(self._run(name, best[name.partition(".")[0]], 0))
         if self.mqar is not None:
             runs += [
-                replace(self.mqar, model=kind, name=f"{kind}-mqar", learning_rate=best[kind])
-                for kind in MQAR_MODELS
-                if kind in best
+                replace(self.mqar, model=kind, name=f"{kind}-mqar-lr{rate:g}", learning_rate=rate)
+                for kind, rate in itertools.product(MQAR_MODELS, MQAR_RATES)
             ]
         return runs + ([self.text] if self.text is not None else [])
 
@@ -113,7 +114,7 @@ PLANS = {
             name=f"{TEXT_MODEL}-text",
             model=TEXT_MODEL,
             steps=3000,
-            curriculum=Curriculum(shortest=256, stages=((0.5, 512), (1.0, 2048))),
+            curriculum=Curriculum(shortest=256, stages=((0.4, 512), (1.0, 2048))),
             validation_lengths=(512, 2048),
         ),
     ),
