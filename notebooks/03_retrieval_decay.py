@@ -57,7 +57,7 @@ from bench.units import settled
 RUN = None
 
 # %%
-COMMITTED = ("results/h100/retrieval", "results/sample-recall")
+COMMITTED = ("results/h200/retrieval", "results/sample-recall")
 every = {
     name: settled(load_rows(ROOT / name / "rows.jsonl")) for name in ([RUN] if RUN else COMMITTED)
 }
