@@ -17,8 +17,8 @@ class Tile:
     """How a scan is cut: tokens a chunk, columns of c a program, stages of the ring of chunks.
 
     `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
-    `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each. If
-    `paired`, one program runs the scans of dk and dv, and counts as two.
+    `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each or, if
+    that is more than the width, take turns at the same. If `paired`, one program runs the scans of dk and dv, and counts as two.
     """
 
     num_stages: int
@@ -80,11 +80,12 @@ OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cu
 # backward and "high" precision are nearer to what the products take, and two consumers share their
 # copies.
 HOPPER_SCAN = {
-    (64, "forward"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
-    (64, "backward"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
+    (64, "forward"): Tile(num_stages=6, programs_per_sm=1, consumers=2),
+    (64, "backward"): Tile(num_stages=6, programs_per_sm=1, consumers=2),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
-    (128, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
-    (128, "backward"): Tile(num_stages=3, programs_per_sm=2, consumers=2, width=128, paired=True),
+    (128, "forward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
+    (128, "backward"): Tile(num_stages=3, programs_per_sm=3, consumers=2, width=128, paired=True),
+    (128, "unequal"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
 }
 
@@ -92,19 +93,21 @@ HOPPER_SCAN = {
 def hopper_tile(large: int, small: int, kind: str) -> Tile | None:
     """Tile of the kernel for Hopper; two consumers want both head dims to fill them."""
     if large != small:
-        return None if kind == "high" else HOPPER_SCAN[large, "forward"]
+        return None if kind == "high" else HOPPER_SCAN[large, "unequal"]
     return HOPPER_SCAN[large, kind]
 
 
 def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance:
     """The scan kernel for Hopper, for 16-bit elements and a dim of b; `split` as above."""
     box = 2 * CHUNK * 64
-    stage = box * (2 * b_dim // 64 + tile.consumers)
-    scores_and_out = box * tile.consumers * (2 + split)
+    turns = tile.width < 64 * tile.consumers
+    stage = box * (2 * b_dim // 64 + tile.width // 64)
+    scores_and_out = box * tile.consumers * (4 - split)
+    sizes = map(str, (b_dim, tile.consumers, tile.num_stages))
     own, barriers = tile.consumers * OWN_BYTES, 2 * 8 * tile.num_stages
     return Instance(
         name="hopper_scan",
-        arguments=f"{element}, {b_dim}, {tile.consumers}, {tile.num_stages}, {str(split).lower()}",
+        arguments=", ".join([element, *sizes, str(split).lower(), str(turns).lower()]),
         num_threads=160 if tile.consumers == 1 else 384,
         shared_bytes=tile.num_stages * stage + scores_and_out + own + barriers,
     )
@@ -114,10 +117,9 @@ def grads_instance(element: str, tile: Tile) -> Instance:
     """The kernel for Hopper that runs the scans of dq, dk and dv, of which dk and dv share a block."""
     box, dim = 2 * CHUNK * 64, 128
     ring = tile.num_stages * 4 * box * (dim // 64)
-    stages_of_dq = tile.num_stages * 4 // 3
     return Instance(
         name="hopper_grads",
         arguments=f"{element}, {tile.num_stages}",
         num_threads=384,
-        shared_bytes=ring + 4 * box + 2 * OWN_BYTES + 2 * 8 * stages_of_dq,
+        shared_bytes=ring + 4 * box + 2 * OWN_BYTES + 2 * 8 * tile.num_stages,
     )

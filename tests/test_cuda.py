@@ -414,9 +414,16 @@ HOPPER_DEFECTS = {
     "other_tokens_rows_not_cleared": ("i < (CHUNK - num_rows) * 8", "i < 0"),
     "no_barrier_before_scores_are_read": ("group_sync(group);  // protects the scores", "// "),
     "outputs_not_waited_for": (
-        "score(next);\n                    products_wait<1>();",
+        "score(next);\n            products_wait<1>();",
         "score(next); products_wait<2>();",
     ),
+    "no_barrier_before_outputs_are_stored": ("group_sync(group);  // protects both", "// "),
+    "the_other_consumers_chunk_forgotten": ("write(added, others, 0);", ""),
+    "both_consumers_leave_their_outputs_in_one_chunk": (
+        "slot = slot.next(), --left, token += step();",
+        "slot = slot.next(), --left;",
+    ),
+    "a_short_chunk_that_neither_gives": ("num_heard % 2 == group", "num_heard % 2 == 2 + group"),
     "copies_into_a_stage_that_is_still_read": (
         "if (round > 0) shared.empty",
         "if (false) shared.empty",
@@ -447,7 +454,7 @@ ALL_DEFECTS = [
 )
 def test_a_defect_planted_in_the_kernel_is_caught(kernels, defect, known, monkeypatch, device):
     dims = (128, 128) if known is GRADS_DEFECTS else (64, 64)
-    inputs = inputs_of(device, T=321, dims=dims)
+    inputs = inputs_of(device, T=513, dims=dims)
     inputs = replace(inputs, log_decay=torch.tensor([-0.03, -0.02, -0.01]))
     with schedules.forced_plan("single"):
         assert_right("cuda", inputs)

@@ -40,7 +40,7 @@ def instances(capability):
             yield lightning.instance_of(dim, dtype, tile, precision), tile
             if tile.paired:
                 yield lightning.grads_of(dtype, tile), tile
-            if kind == "forward":  # serves unequal head dims too
+            if kind == "unequal":  # dims: that of b may be the smaller
                 yield lightning.instance_of(64, dtype, tile, precision), tile
 
 

@@ -69,16 +69,33 @@ struct Own {
 struct Places {
     const Panel *a, *b;
     Panel* c;
-    Panel *scores, *out;  // its own: one for each half of scores, one
+    Panel *scores, *out;  // its own: two of each or, where a state takes more, one (scores: for each half)
     Own& own;
     Barrier *full, *empty;
 };
 
-template <class E, int B_DIM, int C_DIM, int HALVES, int STAGES, int STAGE_PANELS, bool SPLIT>
+// With TURNS two consumers have the same columns: each updates its state with every chunk, and gives the
+// outputs of every other one.
+template <class E, int B_DIM, int C_DIM, int HALVES, int STAGES, int STAGE_PANELS, bool SPLIT, bool TURNS>
 struct Consumer {
     static_assert(HALVES == 1 || !SPLIT, "registers are for one");
+    static_assert(HALVES == 1 && !SPLIT || !TURNS, "turns are for a state that leaves room");
     static constexpr bool EARLY = HALVES == 1 && !SPLIT;  // registers do for products beside the scores
+    static constexpr bool KEPT = EARLY && C_DIM == 0;  // and for the masks, where ptxas finds them
     using Left = uint32[1 + SPLIT][CHUNK / 16][4];  // operand of 64 rows, in registers
+
+    // A stage of the ring, and the parity of the phase in which it is filled.
+    struct Slot {
+        int stage = 0, parity = 0;
+
+        // By shifts of constants, which the compiler does once for a warp; selecting it does in each lane.
+        __device__ Slot next() const {
+            static_assert(STAGES <= 8, "a constant holds the successors of eight stages");
+            constexpr uint32 SUCCESSORS = 0x76543210u >> 4 & ~(0xfu << 4 * (STAGES - 1));
+            return {(int)(SUCCESSORS >> 4 * stage & 7), parity ^ (1 << (STAGES - 1)) >> stage & 1};
+        }
+        __device__ int panel() const { return stage * STAGE_PANELS; }  // the first
+    };
 
     const HopperScanParams& all;
     const Course course;
@@ -91,6 +108,7 @@ struct Consumer {
     float state[HALVES][B_DIM / 2];  // each [64, B_DIM]: row c, column b
     float scores[32];                // [64, 64]: row from, column to
     float sums[32];                  // [64, 64]: row c, column token
+    float masks[9][2];               // of this thread's scores, by columns less rows in steps of 8
 
     __device__ Consumer(const HopperScanParams& all, const Course& course, const Places& at, int index,
                         int column, int group)
@@ -98,44 +116,85 @@ struct Consumer {
 
     __device__ void run() {
         const int num_silent = course.num_warm + (all.scan.with_output ? 0 : course.num_whole);
-        int left = all.scan.with_output ? course.num_whole : 0, token = course.first + num_silent * step();
+        const int num_heard = all.scan.with_output ? course.num_whole : 0;
         const float past = expf(at.own.walk.decay.g * CHUNK);
+        const int token = course.first + num_silent * step();
         Left added;  // columns of c, weighted, that join the state
         Slot slot;
         enter();
-        for (int n = 0; n < num_silent; ++n, slot = slot.next()) {
-            wait_full(slot);
+        for (int n = 0; n < num_silent; ++n, slot = slot.next()) pass(added, slot, past);
+        if constexpr (TURNS)
+            every_other(added, slot, num_heard, token, past);
+        else
+            every(added, slot, num_heard, token, past);
+        if (uniform(at.own.walk.chunks.rest) > 0)
+            finish(added, slot, at.own.walk.chunks.rest, !TURNS || num_heard % 2 == group);
+        if (!TURNS || group == 0) leave();
+        if (threadIdx.x % 128 == 0) store_wait();  // shared memory must outlive the last store
+    }
+
+    // A chunk that only updates the state.
+    __device__ void pass(Left& added, const Slot& slot, float past) {
+        wait_full(slot);
 #pragma unroll
-            for (int half = 0; half < HALVES; ++half) update(added, slot, half, past);
-            release(slot);
-        }
-        if (left > 0) {
-            wait_full(slot);
-            score(slot);
+        for (int half = 0; half < HALVES; ++half) update(added, slot, half, past);
+        release(slot);
+    }
+
+    // Each turn of these begins with weighted scores in shared memory, and ends with the next chunk's; with
+    // one state also with what that chunk's tokens read of it and what they will add to it. After the last
+    // chunk these are its own again, so as not to branch.
+    __device__ void begin(Left& added, const Slot& slot, float past) {
+        if constexpr (KEPT) load_masks();
+        wait_full(slot);
+        score(slot);
+        products_wait<0>();
+        keep(scores);
+        store_scores();
+        if constexpr (HALVES == 1) {
+            read_state(slot, 0);
+            if constexpr (!SPLIT) prepare(added, slot, 0, past);
             products_wait<0>();
-            keep(scores);
-            store_scores();
-            if constexpr (HALVES == 1) {
-                read_state(slot, 0);
-                if constexpr (!SPLIT) prepare(added, slot, 0, past);
+            keep(sums);
+        }
+    }
+
+    // Outputs of `left` chunks, the first of them in `slot`.
+    __device__ void every(Left& added, Slot& slot, int left, int token, float past) {
+        if (left > 0) begin(added, slot, past);
+        if constexpr (EARLY) {
+            for (int buffer = 0; left > 0; --left, token += step(), buffer ^= 1) {
+                const bool more = left > 1;
+                const Slot next = more ? slot.next() : slot;
+                write(added, slot, 0);
+                weigh();
+                read_scores(slot, 0, buffer);
+                wait_full(next);
+                score(next);
+                products_wait<1>();
+                keep(sums);
+                keep(state[0]);
+                put_outputs(buffer);
+                read_state(next, 0);
+                products_wait<1>();
+                keep(scores);
+                hand_over(buffer, token);
+                prepare(added, next, 0, more ? past : 1.0f);
                 products_wait<0>();
                 keep(sums);
+                release(slot);
+                slot = slot.next();
             }
+            return;
         }
-        // Each turn begins with weighted scores in shared memory, and ends with the next chunk's; with one
-        // state also with what that chunk's tokens read of it and what they will add to it. After the last
-        // chunk these are its own again, so as not to branch.
         for (; left > 0; --left, token += step()) {
-            const bool more = left > 1;
-            const Slot next = more ? slot.next() : slot;
+            const Slot next = left > 1 ? slot.next() : slot;
 #pragma unroll
             for (int half = 0; half < HALVES; ++half) {
                 if constexpr (HALVES > 1) {
                     read_state(slot, half);
                     prepare(added, slot, half, past);
-                }
-                if constexpr (!SPLIT) write(added, slot, half);
-                if constexpr (HALVES > 1) {
+                    write(added, slot, half);
                     products_wait<1>();
                     keep(sums);
                 }
@@ -153,37 +212,79 @@ struct Consumer {
                 store(half, token, CHUNK);
             }
             if constexpr (SPLIT) write_apart(added, slot, 0, past);
-            if constexpr (EARLY) read_state(next, 0);
-            products_wait<EARLY ? 1 : 0>();
+            products_wait<0>();
             keep(scores);
             store_scores();
-            if constexpr (EARLY) prepare(added, next, 0, more ? past : 1.0f);
-            if constexpr (SPLIT) read_state(next, 0);
-            products_wait<0>();
-            if constexpr (HALVES == 1) keep(sums);
+            if constexpr (SPLIT) {
+                read_state(next, 0);
+                products_wait<0>();
+                keep(sums);
+            }
             release(slot);
             slot = slot.next();
         }
-        if (uniform(at.own.walk.chunks.rest) > 0) finish(added, slot, at.own.walk.chunks.rest);
-        leave();
-        if (threadIdx.x % 128 == 0) store_wait();  // shared memory must outlive the last store
+    }
+
+    // The next scores and this chunk's outputs are in shared memory: show them to products and copies.
+    __device__ void hand_over(int buffer, int token) {
+        put_scores(buffer ^ 1);
+        if (threadIdx.x % 128 == 0) store_wait();  // the box stored before has left its buffer
+        fence_shared();
+        group_sync(group);  // protects both: they are there, and what was read before may be overwritten
+        if (threadIdx.x % 128 == 0)
+            store_box(all.maps[index][3], at.out[buffer], column, token, course.head, course.batch);
+    }
+
+    // The same, with the other consumer's chunks between its own.
+    __device__ void every_other(Left& added, Slot& slot, int left, int token, float past) {
+        if (group == 1 && left > 0) {
+            pass(added, slot, past);
+            slot = slot.next(), --left, token += step();
+        }
+        if (left > 0) begin(added, slot, past);
+        int buffer = 0;
+        for (; left > 1; left -= 2, token += 2 * step(), buffer ^= 1) {
+            const bool more = left > 2;
+            const Slot others = slot.next(), next = more ? others.next() : slot;
+            write(added, slot, 0);
+            weigh();
+            read_scores(slot, 0, buffer);
+            wait_full(others);
+            wait_full(next);
+            score(next);
+            products_wait<1>();
+            keep(sums);
+            keep(state[0]);
+            prepare(added, others, 0, past);
+            write(added, others, 0);
+            put_outputs(buffer);
+            products_wait<0>();
+            keep(scores);
+            keep(state[0]);
+            release(others);
+            read_state(next, 0);
+            hand_over(buffer, token);
+            prepare(added, next, 0, more ? past : 1.0f);
+            products_wait<0>();
+            keep(sums);
+            release(slot);
+            slot = others.next();
+        }
+        if (left > 0) {
+            write(added, slot, 0);
+            weigh();
+            read_scores(slot, 0, buffer);
+            products_wait<0>();
+            keep(sums);
+            keep(state[0]);
+            store(0, token, CHUNK);
+            release(slot);
+            slot = slot.next();
+        }
     }
 
     // Tokens to the next chunk.
     __device__ int step() const { return index >= all.scan.first_back ? -CHUNK : CHUNK; }
-
-    // A stage of the ring, and the parity of the phase in which it is filled.
-    struct Slot {
-        int stage = 0, parity = 0;
-
-        // By shifts of constants, which the compiler does once for a warp; selecting it does in each lane.
-        __device__ Slot next() const {
-            static_assert(STAGES <= 8, "a constant holds the successors of eight stages");
-            constexpr uint32 SUCCESSORS = 0x76543210u >> 4 & ~(0xfu << 4 * (STAGES - 1));
-            return {(int)(SUCCESSORS >> 4 * stage & 7), parity ^ (1 << (STAGES - 1)) >> stage & 1};
-        }
-        __device__ int panel() const { return stage * STAGE_PANELS; }  // the first
-    };
 
     __device__ void wait_full(const Slot& slot) { at.full[slot.stage].wait_together(slot.parity); }
 
@@ -223,30 +324,46 @@ struct Consumer {
 
     // Weighted and rounded, to shared memory.
     __device__ void store_scores() {
+        put_scores(0);
+        fence_shared();
+        group_sync(group);  // protects the scores: all rows are there, for the products too
+    }
+
+    __device__ void load_masks() {
+#pragma unroll
+        for (int k = 0; k < 9; ++k)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) masks[k][i] = at.own.mask.at(k * 8 - 8 + pair + i, row);
+    }
+
+    // What a score is weighted by that is `apart` columns less rows from this thread's first.
+    __device__ float mask(int between, int apart) const {
+        return KEPT || SPLIT ? masks[(apart + 8) / 8][apart & 1] : at.own.mask.at(between + apart, 0);
+    }
+
+    __device__ void put_scores(int buffer) {
         // Where registers are few, addresses are worked out anew.
-        const int lane = HALVES > 1 || SPLIT ? unknown(this->lane) : this->lane;
-        const int row = warp * 16 + lane / 4, pair = lane % 4 * 2;
+        const int lane = EARLY ? this->lane : unknown(this->lane);
+        const int between = lane % 4 * 2 - (warp * 16 + lane / 4);  // column less row, of the first score
+        if constexpr (SPLIT) load_masks();
 #pragma unroll
         for (int to = 0; to < 64; to += 16) {
             uint32 blocks[1 + SPLIT][4];
 #pragma unroll
             for (int block = 0; block < 4; ++block) {
-                const int from = row + block % 2 * 8, first = to + block / 2 * 8 + pair;
                 const float* x = scores + to / 2 + block / 2 * 4 + block % 2 * 2;
-                const Halves<E, SPLIT> halves(x[0] * at.own.mask.at(first, from),
-                                              x[1] * at.own.mask.at(first + 1, from));
+                const int apart = to + block / 2 * 8 - block % 2 * 8;
+                const Halves<E, SPLIT> halves(x[0] * mask(between, apart), x[1] * mask(between, apart + 1));
                 blocks[0][block] = halves.high;
                 if constexpr (SPLIT) blocks[1][block] = halves.low;
             }
 #pragma unroll
             for (int part = 0; part <= SPLIT; ++part) {
-                const Tile<64> tile = {at.scores[part]};
+                const Tile<64> tile = {at.scores[buffer + part]};
                 const int r = warp * 16 + lane % 16, granule = to / GRANULE + lane / 16;
                 store_blocks<false>(tile.granule(r, granule), blocks[part]);
             }
         }
-        fence_shared();
-        group_sync(group);  // protects the scores: all rows are there, for the products too
     }
 
     // sums *= factor from the chunk's edge to the token that reads
@@ -256,7 +373,7 @@ struct Consumer {
     }
 
     // sums += C^T scores
-    __device__ void read_scores(const Slot& slot, int half) {
+    __device__ void read_scores(const Slot& slot, int half, int buffer = 0) {
         const Matrix<false> c(at.c[slot.panel() + half]);
         keep(sums);
         products_begin();
@@ -264,7 +381,7 @@ struct Consumer {
         for (int part = 0; part <= SPLIT; ++part)
 #pragma unroll
             for (int from = 0; from < CHUNK; from += 16) {
-                const Matrix<false> weighted(at.scores[part]);
+                const Matrix<false> weighted(at.scores[buffer + part]);
                 product<E>(sums, c.at(from), weighted.at(from), true);
             }
         products_commit();
@@ -330,7 +447,7 @@ struct Consumer {
         }
     }
 
-    // A chunk that only updates the state.
+    // Its part of that.
     __device__ void update(Left& added, const Slot& slot, int half, float past) {
         if constexpr (SPLIT) {
             write_apart(added, slot, half, past);
@@ -342,8 +459,8 @@ struct Consumer {
         }
     }
 
-    // The last chunk in the scan's order, of fewer tokens.
-    __device__ void finish(Left& added, const Slot& slot, int num_rows) {
+    // The last chunk in the scan's order, of fewer tokens; its outputs if they are `heard`.
+    __device__ void finish(Left& added, const Slot& slot, int num_rows, bool heard) {
         const int first = slot.panel();
         wait_full(slot);
         group_sync(group);  // protects the weights of whole chunks: all warps are done with them
@@ -352,7 +469,8 @@ struct Consumer {
         at.own.edge.set(at.own.walk.decay, num_rows, 1.0f, threadIdx.x % 128, 128);
         fence_shared();
         group_sync(group);  // protects cleared rows and weights (two groups clear the same rows)
-        if (all.scan.with_output) {
+        if (all.scan.with_output && heard) {
+            if constexpr (KEPT) load_masks();
             score(slot);
             products_wait<0>();
             keep(scores);
@@ -397,11 +515,30 @@ struct Consumer {
             *(uint4*)(panel + num_rows * 128 + i * 16) = uint4{0, 0, 0, 0};
     }
 
-    // Outputs [c, token] to shared memory as rows of tokens, and from there to where they belong.
+    // Outputs to shared memory, and from there to where they belong.
     __device__ void store(int half, int token, int num_rows) {
         if (threadIdx.x % 128 == 0) store_wait();
         group_sync(group);  // protects `out`: the box stored before has left it
+        put_outputs(0);
+        fence_shared();
+        group_sync(group);  // protects `out`: all of it is written
+        const int first = column + half * 64;
+        if (num_rows == CHUNK) {
+            if (threadIdx.x % 128 == 0)
+                store_box(all.maps[index][3], *at.out, first, token, course.head, course.batch);
+            return;
+        }
         const Tile<64> rows = {*at.out};
+        const Operand<unsigned short>& out = all.scan.scans[index].out;
+        unsigned short* to = out.row(course.batch, course.head, token) + first;
+        for (int i = threadIdx.x % 128; i < num_rows * 8; i += 128)
+            *(uint4*)(to + i / 8 * out.token_stride + i % 8 * 8) =
+                *(const uint4*)rows.granule(i / 8, i % 8);
+    }
+
+    // Outputs [c, token] as rows of tokens.
+    __device__ void put_outputs(int buffer) {
+        const Tile<64> rows = {at.out[buffer]};
 #pragma unroll
         for (int t = 0; t < 64; t += 16) {
             const float* x = sums + t / 2;
@@ -411,19 +548,6 @@ struct Consumer {
             const int r = t + lane / 16 * 8 + lane % 8, granule = warp * 2 + lane / 8 % 2;
             store_blocks<true>(rows.granule(r, granule), blocks);
         }
-        fence_shared();
-        group_sync(group);  // protects `out`: all of it is written
-        const int first = column + half * 64;
-        if (num_rows == CHUNK) {
-            if (threadIdx.x % 128 == 0)
-                store_box(all.maps[index][3], *at.out, first, token, course.head, course.batch);
-            return;
-        }
-        const Operand<unsigned short>& out = all.scan.scans[index].out;
-        unsigned short* to = out.row(course.batch, course.head, token) + first;
-        for (int i = threadIdx.x % 128; i < num_rows * 8; i += 128)
-            *(uint4*)(to + i / 8 * out.token_stride + i % 8 * 8) =
-                *(const uint4*)rows.granule(i / 8, i % 8);
     }
 
     __device__ void enter() {

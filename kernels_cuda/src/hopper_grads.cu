@@ -18,17 +18,17 @@ constexpr int NUM_THREADS = 2 * 128 + 128;  // of the last warpgroup one thread 
 enum { DQ, DK, DV };  // scans
 enum { A, B, C };     // of their maps
 
-template <class E, int PAIR_STAGES>
+template <class E, int STAGES>
 struct HopperGrads {
     static constexpr int PAIR_PANELS = TENSORS * PANELS, LONE_PANELS = (TENSORS - 1) * PANELS;
-    static constexpr int RING = PAIR_STAGES * PAIR_PANELS;
-    static constexpr int LONE_STAGES = RING / LONE_PANELS;
+    static constexpr int RING = STAGES * PAIR_PANELS, LONE_RING = STAGES * LONE_PANELS;
+    static_assert(RING - LONE_RING >= 4, "what dq leaves of the ring holds its scores");
 
     struct Shared {
         Panel ring[RING];
         Panel scores[2], out[2];
         Own own[2];
-        Barrier full[LONE_STAGES], empty[LONE_STAGES];
+        Barrier full[STAGES], empty[STAGES];
     };
 
     const HopperScanParams& all;
@@ -37,7 +37,7 @@ struct HopperGrads {
 
     __device__ void run(const Unit& unit) {
         if (threadIdx.x == 0) {
-            for (int stage = 0; stage < LONE_STAGES; ++stage) {
+            for (int stage = 0; stage < STAGES; ++stage) {
                 shared.full[stage].init(1);
                 shared.empty[stage].init(2 * 4);  // a lane of each warp
             }
@@ -60,16 +60,18 @@ struct HopperGrads {
     // In a stage those tensors come first that the state is made of: do, q, v, k or v, k, do.
     __device__ void consume(int group, const Course& course) {
         Panel* ring = shared.ring;
-        Places at = {ring + 2 * PANELS, ring, ring + PANELS + group, shared.scores + group,
-                     shared.out + group, shared.own[group], shared.full, shared.empty};
+        Places at = {ring + 2 * PANELS, ring, ring + PANELS + group, ring + LONE_RING + 2 * group,
+                     group == 0 ? shared.scores : shared.out, shared.own[group], shared.full, shared.empty};
         if (pair) {
+            at.scores = shared.scores + group;
+            at.out = shared.out + group;
             at.a = ring + (2 + group) * PANELS;
             at.b = ring + group * PANELS;
             at.c = ring + (1 - group) * PANELS;
-            Consumer<E, DIM, DIM, 2, PAIR_STAGES, PAIR_PANELS, false>(
+            Consumer<E, DIM, DIM, 2, STAGES, PAIR_PANELS, false, false>(
                 all, course, at, DK + group, 0, group).run();
         } else {
-            Consumer<E, DIM, DIM, 1, LONE_STAGES, LONE_PANELS, false>(
+            Consumer<E, DIM, DIM, 1, STAGES, LONE_PANELS, false, false>(
                 all, course, at, DQ, group * 64, group).run();
         }
     }
@@ -78,15 +80,15 @@ struct HopperGrads {
         const auto& maps = all.maps;
         if (pair) {
             const TensorMap* tensors[] = {&maps[DK][B], &maps[DK][C], &maps[DK][A], &maps[DV][A]};
-            fill<PAIR_STAGES>(walk, tensors);
+            fill(walk, tensors);
         } else {
             const TensorMap* tensors[] = {&maps[DQ][B], &maps[DQ][C], &maps[DQ][A]};
-            fill<LONE_STAGES>(walk, tensors);
+            fill(walk, tensors);
         }
     }
 
     // Keep the ring filled. Chunks that only update the state want the first two tensors alone.
-    template <int STAGES, int COUNT>
+    template <int COUNT>
     __device__ void fill(const Walk& walk, const TensorMap* const (&tensors)[COUNT]) const {
         for (int n = 0; n < walk.chunks.count; ++n) {
             const int stage = n % STAGES, round = n / STAGES, token = walk.chunks.token(n, CHUNK);
