@@ -3,14 +3,14 @@
     python bench/cuda_variants.py --compile   # fills the cache of compiled kernels first
     python bench/cuda_variants.py 90
 
-A variant: a name, the passes it matters to, tiles by table key, replacements in the sources.
+A variant: a name, the passes it matters to, a tile of the table of the kernels for Hopper.
 """
 
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,30 +21,15 @@ from attnlab import schedules
 from attnlab.decay import minimax_log_decay
 from attnlab.functional import lightning_attention
 from kernels_cuda import lightning, module, tiles
-from kernels_cuda.module import Instance
 from kernels_cuda.tiles import Tile
 
 SHAPES = {
-    128: [(1, 64, 65536), (8, 16, 8192), (1, 64, 4096), (1, 64, 512)],
+    128: [
+        *((1, 64, 65536), (8, 16, 8192), (1, 64, 4096), (1, 64, 512)),
+        *((1, 1, 1 << 22), (1, 16, 1 << 20)),
+    ],
     64: [(8, 16, 8192), (1, 64, 65536)],
 }
-FWD, BWD = (128, "forward"), (128, "backward")
-F64, B64 = (64, "forward"), (64, "backward")
-HIGH = (128, "high")
-NO_SCORE_AHEAD = [
-    (
-        "wait_full(next);\n                    score(next);\n                    products_wait<1>();",
-        "products_wait<0>();",
-    ),
-    (
-        "if constexpr (EARLY) read_state(next, 0);",
-        "wait_full(next); score(next); if constexpr (EARLY) read_state(next, 0);",
-    ),
-]
-REGISTERS_232 = [
-    ("registers_up<240>", "registers_up<232>"),
-    ("registers_down<24>", "registers_down<40>"),
-]
 
 
 @dataclass
@@ -53,7 +38,6 @@ class Variant:
     dim: int
     kind: str  # forward, backward, high
     tile: Tile | None = None
-    changes: list = field(default_factory=list)
     hopper: bool = True
     promotion: int = 3  # of a box to L2: 0 none, 1 64 B, 2 128 B, 3 256 B
 
@@ -66,55 +50,46 @@ def two(stages):
     return Tile(num_stages=stages, programs_per_sm=1, consumers=2, width=128)
 
 
-def paired(stages, per_sm=2):
+def turns(stages):
+    return Tile(num_stages=stages, programs_per_sm=1, consumers=2)
+
+
+def paired(stages, per_sm=3):
     return Tile(num_stages=stages, programs_per_sm=per_sm, consumers=2, width=128, paired=True)
 
 
 VARIANTS = [
-    Variant("fwd128 portable 2 stages x2", 128, "forward", hopper=False),
     Variant("fwd128 1 consumer 4 stages", 128, "forward", one(4)),
     Variant("fwd128 1 consumer 3 stages", 128, "forward", one(3)),
-    Variant("fwd128 1 consumer 5 stages", 128, "forward", one(5)),
-    Variant("fwd128 1 consumer 4 stages, no score ahead", 128, "forward", one(4), NO_SCORE_AHEAD),
     Variant("fwd128 1 consumer 4 stages, boxes to L2 by 128", 128, "forward", one(4), promotion=2),
-    Variant("fwd128 2 consumers 4 stages", 128, "forward", two(4)),
     Variant("fwd128 2 consumers 3 stages", 128, "forward", two(3)),
-    Variant("fwd128 2 consumers 4 stages, 232 registers", 128, "forward", two(4), REGISTERS_232),
+    Variant("fwd128 2 consumers 2 stages", 128, "forward", two(2)),
+    Variant("fwd128 2 consumers in turn, 4 stages", 128, "forward", turns(4)),
+    Variant("fwd128 portable 2 stages x2", 128, "forward", hopper=False),
     Variant("bwd128 paired 3 stages", 128, "backward", paired(3)),
+    Variant("bwd128 paired 3 stages, planned as 2 slots a SM", 128, "backward", paired(3, 2)),
     Variant("bwd128 paired 2 stages", 128, "backward", paired(2)),
-    Variant("bwd128 paired 3 stages, planned as 3 slots a SM", 128, "backward", paired(3, 3)),
-    Variant("bwd128 paired 3 stages, no score ahead", 128, "backward", paired(3), NO_SCORE_AHEAD),
-    Variant("bwd128 apart 2 consumers 4 stages", 128, "backward", two(4)),
     Variant("bwd128 apart 2 consumers 3 stages", 128, "backward", two(3)),
     Variant("bwd128 apart 1 consumer 4 stages", 128, "backward", one(4)),
     Variant("bwd128 portable", 128, "backward", hopper=False),
     Variant("high128 2 consumers 3 stages", 128, "high", two(3)),
     Variant("high128 1 consumer 4 stages", 128, "high", one(4)),
+    Variant("fwd64 in turn 6 stages", 64, "forward", turns(6)),
+    Variant("fwd64 in turn 5 stages", 64, "forward", turns(5)),
     Variant("fwd64 1 consumer 3 stages x2", 64, "forward", one(3, 2)),
-    Variant("fwd64 1 consumer 2 stages x2", 64, "forward", one(2, 2)),
-    Variant("fwd64 1 consumer 6 stages x1", 64, "forward", one(6)),
+    Variant("fwd64 1 consumer 6 stages", 64, "forward", one(6)),
     Variant("fwd64 portable", 64, "forward", hopper=False),
+    Variant("bwd64 in turn 6 stages", 64, "backward", turns(6)),
     Variant("bwd64 1 consumer 3 stages x2", 64, "backward", one(3, 2)),
-    Variant("bwd64 1 consumer 6 stages x1", 64, "backward", one(6)),
+    Variant("bwd64 1 consumer 6 stages", 64, "backward", one(6)),
     Variant("bwd64 portable", 64, "backward", hopper=False),
 ]
-
-_source = Instance.source
 
 
 @contextmanager
 def applied(variant):
     from kernels_cuda import tensor_map
 
-    def source(self, *folders):
-        text = _source(self, *folders)
-        for old, new in variant.changes:
-            if old not in text:
-                raise ValueError(f"expected {old!r} in the sources, got none: mend {variant.name}")
-            text = text.replace(old, new)
-        return text
-
-    Instance.source = source
     before, promotion = dict(tiles.HOPPER_SCAN), tensor_map._PROMOTE_256B
     if variant.tile:
         tiles.HOPPER_SCAN[variant.dim, variant.kind] = variant.tile
@@ -124,7 +99,6 @@ def applied(variant):
         with lightning.hopper_kernels(variant.hopper):
             yield
     finally:
-        Instance.source = _source
         tiles.HOPPER_SCAN.clear()
         tiles.HOPPER_SCAN.update(before)
         tensor_map._PROMOTE_256B = promotion
@@ -182,9 +156,9 @@ def call_of(variant, tensors, g):
 
 
 def milliseconds(call):
-    from triton.testing import do_bench
+    from triton.testing import do_bench_cudagraph
 
-    return do_bench(call, warmup=8, rep=40, return_mode="median")
+    return do_bench_cudagraph(call, rep=40, return_mode="median")
 
 
 def copy_gbps():
