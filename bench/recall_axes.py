@@ -29,10 +29,15 @@ def of_suite(rows: list[Row], suite: str) -> list[Row]:
 
 
 def length_axis(axes: Axes, values: list[float]) -> None:
-    """Powers of two as 1K, 1M, at most eight of them, the largest always labelled."""
+    """Powers of two as 1K, 1M, at most eight of them, the largest always labelled.
+
+    Four octaves or more are seen, so that one length or two look like neighbours.
+    """
     low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
     step = 1 + (high - low) // 8
     axes.set_xscale("log", base=2)
+    margin = max(0.05 * (high - low), (4 - (high - low)) / 2)
+    axes.set_xlim(2.0 ** (low - margin), 2.0 ** (high + margin))
     axes.xaxis.set_major_locator(FixedLocator([2.0**p for p in range(high, low - 1, -step)]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_len(x)))
     axes.minorticks_off()

@@ -11,15 +11,15 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from bench import published
 from bench.fit import format_len
 from bench.lines import Row, format_bytes
 from bench.probe_figures import make_horizon_figure, make_probe_figure
+from bench.published import make_ruler_figure
 from bench.recall_axes import (
     PANEL,
-    SHADES,
     STYLE,
     draw_share,
     grouped,
@@ -38,37 +38,69 @@ MODELS = {
     "hybrid-1to1": ("#E69F00", "P"),
 }
 OTHERS = ("#000000", "#777777", "#8A3D00", "#56B4E9", "#7A5195", "#B8860B", "#2F6B4F", "#A0A0FF")
-APART = 1.06  # factor between the places of models at one length, which would hide each other
-HAYSTACKS = {
-    "needle": "needle in noise",
-    "number": "number in text",
-    "pass_key": "pass key in text",
-}
+APART = 0.012, 0.4  # models at one length: share of the axis between two, most octaves in all
+NEEDLES_IN_TEXT = {"number": "number", "pass_key": "pass key"}
 
 
 def make_decay_figure(rows: list[Row]) -> Figure | None:
-    """Recall of needles by length, a line a model: architectures, and the recipe's parts left out."""
-    rows = [r for r in of_suite(rows, "retrieval") if r["task"] in HAYSTACKS]
-    symbols = [row for row in rows if row["task"] == "needle" and not row["seed"]]
-    main = {m: rs for m, rs in grouped(symbols, lambda r: r["model"]).items() if m in MODELS}
-    without = {m: r for m, r in grouped(symbols, lambda r: r["model"]).items() if m not in MODELS}
-    texts = grouped(
-        [r for r in rows if r["task"] != "needle"],
-        lambda r: f"{r['model']}: {HAYSTACKS[r['task']]}",
-    )
-    panels = {"needle in noise": main, "parts of the recipe left out": without, "in text": texts}
+    """Needles in noise by length, a line a model: architectures, and the recipe's parts left out."""
+    needles = [row for row in of_suite(rows, "retrieval") if row["task"] == "needle"]
+    first = grouped([row for row in needles if not row["seed"]], lambda row: row["model"])
+    panels = {
+        "needles in noise": {m: group for m, group in first.items() if m in MODELS},
+        "parts of the recipe left out": {m: r for m, r in first.items() if m not in MODELS},
+    }
     panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
         return None
-    size = max(len(panels), 1.5) * PANEL[0] * 1.1, PANEL[1] + 0.5
+    size = max(len(panels), 1.5) * PANEL[0] * 1.1, PANEL[1] + 1.2
     figure = Figure(size, dpi=150, layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (title, lines) in zip(grid, panels.items(), strict=True):
         axes.set_title(title)
         _lengths(axes, lines)
+    if "needles in noise" in panels:
+        _second_seeds(grid[0], [row for row in needles if row["seed"]])
+    for axes in grid:
+        _legend_below(axes)
     grid[0].set_ylabel("found (bars: 95 % intervals)")
-    figure.suptitle(f"Retrieval by length of the context\n{_trained(rows)}")
+    figure.suptitle(f"Retrieval by length of the context\n{_trained(needles)}")
     return figure
+
+
+def make_text_figure(rows: list[Row]) -> Figure | None:
+    """Needles in text by length, a line a model and kind of needle."""
+    rows = [row for row in of_suite(rows, "retrieval") if row["task"] in NEEDLES_IN_TEXT]
+    lines = grouped(
+        rows, lambda r: f"{r['model'].removesuffix('-text')}: {NEEDLES_IN_TEXT[r['task']]}"
+    )
+    if not lines:
+        return None
+    figure, axes = _one_panel()
+    _lengths(axes, lines)
+    _legend_below(axes)
+    axes.set_ylabel("found, every digit right (bars: 95 % intervals)")
+    figure.suptitle(f"Needles in text, by length of the context\n{_trained(rows)}")
+    return figure
+
+
+def _second_seeds(axes: Axes, rows: list[Row]) -> None:
+    """A thin line in the architecture's colour for each model of another seed."""
+    groups = grouped(rows, lambda row: row["model"].partition("-seed")[0])
+    for model in (model for model in MODELS if model in groups):
+        by_len = grouped(groups[model], lambda row: row["q_len"])
+        x = sorted(by_len)
+        axes.plot(x, [recall(by_len[n])[0] for n in x], color=MODELS[model][0], linewidth=0.8)
+    if groups:
+        axes.plot([], [], color="#555555", linewidth=0.8, label="thin: second seeds")
+
+
+def _legend_below(axes: Axes) -> None:
+    """A legend that covers no data, what was measured with its interval first."""
+    handles, labels = axes.get_legend_handles_labels()
+    pairs = sorted(zip(handles, labels, strict=True), key=lambda pair: isinstance(pair[0], Line2D))
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+    axes.legend(*zip(*pairs, strict=True), fontsize=8, ncols=2, **place)
 
 
 def _trained(rows: list[Row]) -> str:
@@ -85,6 +117,19 @@ def look_of(model: str, number: int) -> tuple[str, str]:
     return MODELS.get(model) or (OTHERS[number % len(OTHERS)], "ov^sDPX*"[number % 8])
 
 
+def _ordered(lines: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The architectures first, in their order."""
+    order = {name: i for i, name in enumerate(MODELS)}
+    return dict(sorted(lines.items(), key=lambda pair: order.get(pair[0], len(order))))
+
+
+def _apart(axes: Axes, x: list[float], number: int, count: int) -> list[float]:
+    """Places of one of so many models, beside each other lest one hides another."""
+    low, high = (math.log2(end) for end in axes.get_xlim())
+    step = min(APART[0] * (high - low), APART[1] / max(count - 1, 1))
+    return [place * 2 ** (step * (number - (count - 1) / 2)) for place in x]
+
+
 def _lengths(axes: Axes, lines: dict[str, list[Row]]) -> None:
     """Recall by length, with the longest length of training."""
     share_axis(axes)
@@ -92,15 +137,12 @@ def _lengths(axes: Axes, lines: dict[str, list[Row]]) -> None:
     every = [row["q_len"] for group in lines.values() for row in group]
     trained = {row["train_max_len"] for group in lines.values() for row in group} - {None}
     length_axis(axes, every + list(trained))
-    order = {name: i for i, name in enumerate(MODELS)}
-    ordered = sorted(lines.items(), key=lambda pair: order.get(pair[0], len(order)))
-    for number, (model, group) in enumerate(ordered):
+    for number, (model, group) in enumerate(_ordered(lines).items()):
         by_len = grouped(group, lambda row: row["q_len"])
         x = sorted(by_len)
-        apart = APART ** (number - (len(ordered) - 1) / 2)
         colour, marker = look_of(model, number)
         style = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 5}
-        places = [n * apart for n in x]
+        places = _apart(axes, x, number, len(lines))
         draw_share(axes, places, [recall(by_len[n]) for n in x], label=model, **style)
         expected = [expected_share(by_len[n]) for n in x]
         if None not in expected:
@@ -108,7 +150,6 @@ def _lengths(axes: Axes, lines: dict[str, list[Row]]) -> None:
             axes.plot(x, expected, color=colour, linestyle="--", linewidth=1.3, label=words)
     for length in trained:
         axes.axvline(length, color="#333333", linestyle=":", linewidth=1)
-    axes.legend(fontsize=8, loc="center right")
 
 
 def expected_share(rows: list[Row]) -> float | None:
@@ -121,11 +162,9 @@ def make_depth_figure(rows: list[Row]) -> Figure | None:
     """Recall of needles by depth and length, a panel a model."""
     found = [row for row in rows if row.get("suite") == "retrieval" and row.get("task") == "needle"]
     measured = [row for row in of_suite(found, "retrieval") if not row["seed"]]
-    models = list(grouped(measured, lambda row: row["model"]))
+    models = list(_ordered(grouped(measured, lambda row: row["model"])))
     if not models:
         return None
-    order = {name: i for i, name in enumerate(MODELS)}
-    models.sort(key=lambda name: order.get(name, len(order)))
     lengths = sorted({row["q_len"] for row in found})
     columns = min(len(models), 4)
     lines = math.ceil(len(models) / columns)
@@ -169,7 +208,8 @@ def _heat(axes: Axes, model: str, rows: list[Row], lengths: list[int]):
 def _needles(rows: list[Row]) -> tuple[list[Row], dict[str, list[Row]]]:
     """Rows of the needle task by the first seed, and those of the main models by model."""
     rows = [r for r in of_suite(rows, "retrieval") if r["task"] == "needle" and not r["seed"]]
-    return rows, {m: r for m, r in grouped(rows, lambda r: r["model"]).items() if m in MODELS}
+    lines = _ordered(grouped(rows, lambda r: r["model"]))
+    return rows, {m: r for m, r in lines.items() if m in MODELS}
 
 
 def _one_panel() -> tuple[Figure, Axes]:
@@ -191,17 +231,12 @@ def make_state_figure(rows: list[Row]) -> Figure | None:
         x = [by_len[n][0]["state_bytes"] for n in ordered]
         colour, marker = look_of(model, number)
         shares = [recall(by_len[n]) for n in ordered]
-        draw_share(axes, x, shares, color=colour, marker=marker, label=model, linewidth=1.3)
-        for place, length in {(x[0], ordered[0]), (x[-1], ordered[-1])}:
-            share = shares[ordered.index(length)][0]
-            axes.annotate(
-                format_len(length), (place, share), xytext=(4, -11 if share > 0.9 else 4),
-                textcoords="offset points", fontsize=8, color=colour,
-            )  # fmt: skip
+        reach = f"{model}, {format_len(ordered[0])} to {format_len(ordered[-1])} tokens"
+        draw_share(axes, x, shares, color=colour, marker=marker, label=reach, linewidth=1.3)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(x)))
-    axes.set_xlabel("bytes kept of the context: keys and values, states (labels: tokens)")
-    axes.set_ylabel("needles found")
+    axes.set_xlabel("bytes kept of the context: keys and values, states")
+    axes.set_ylabel("needles found (bars: 95 % intervals)")
     axes.legend(fontsize=9)
     figure.suptitle(f"Retrieval against state\n{_trained(rows)}")
     return figure
@@ -216,7 +251,8 @@ def make_distance_figure(rows: list[Row]) -> Figure | None:
     length_axis(axes, [row["distance"] for row in rows])
     for number, (model, group) in enumerate(lines.items()):
         octaves = grouped(group, lambda row: row["distance"].bit_length())
-        x = [2 ** (octave - 0.5) for octave in sorted(octaves)]
+        middles = [2 ** (octave - 0.5) for octave in sorted(octaves)]
+        x = _apart(axes, middles, number, len(lines))
         colour, marker = look_of(model, number)
         shares = [recall(octaves[octave]) for octave in sorted(octaves)]
         draw_share(axes, x, shares, color=colour, marker=marker, label=model, linewidth=1.3)
@@ -229,43 +265,25 @@ def make_distance_figure(rows: list[Row]) -> Figure | None:
 
 def make_task_figure(rows: list[Row]) -> Figure | None:
     """Recall by length in every task, a panel each; None if there is no task but needles."""
-    rows = [
-        r for r in of_suite(rows, "retrieval") if not r["seed"] and r["model"].partition("-")[0]
-    ]
-    tasks = grouped([r for r in rows if r["input"] != "text"], lambda row: row["task"])
+    rows = [r for r in of_suite(rows, "retrieval") if not r["seed"] and r["input"] != "text"]
+    tasks = grouped(sorted(rows, key=lambda r: r["input"] == "mqar"), lambda row: row["task"])
     if set(tasks) <= {"needle"}:
         return None
     columns = min(4, len(tasks))
     lines = math.ceil(len(tasks) / columns)
-    figure = Figure((columns * 3.9, lines * 3.5 + 0.7), dpi=150, layout="constrained")
+    figure = Figure((columns * 3.9, lines * 3.5 + 0.9), dpi=150, layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
     for axes in grid[len(tasks) :]:
         axes.set_visible(False)
-    for number, (axes, (task, group)) in enumerate(zip(grid, tasks.items(), strict=False)):
+    names = {}
+    for axes, (task, group) in zip(grid, tasks.items(), strict=False):
         own = {m.removesuffix("-mqar"): r for m, r in grouped(group, lambda r: r["model"]).items()}
         axes.set_title(task.replace("_", " "))
         _lengths(axes, {m: r for m, r in own.items() if m in MODELS} or own)
-        axes.get_legend().set_visible(number == 0)
+        handles, labels = axes.get_legend_handles_labels()
+        names |= dict(zip(labels, handles, strict=True))
+    figure.legend(names.values(), names, loc="outside lower center", ncols=len(names), fontsize=10)
     figure.suptitle("Retrieval by task and length (dotted: longest length of training)")
-    return figure
-
-
-def make_ruler_figure() -> Figure:
-    """Published RULER averages of large models: other tasks, other models than ours."""
-    figure = Figure((7.5, PANEL[1] + 0.3), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    length_axis(axes, list(published.RULER_LENGTHS))
-    for colour, marker, (model, values) in zip(
-        SHADES, "so^DP", published.RULER.items(), strict=False
-    ):
-        x = published.RULER_LENGTHS[: len(values)]
-        axes.plot(x, values, color=colour, marker=marker, label=model, linewidth=1.3)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
-    axes.set_ylim(0.68, 1.0)
-    axes.set_xlabel("tokens in the context")
-    axes.set_ylabel("RULER average (axis from 68 %)")
-    axes.legend(fontsize=9)
-    figure.suptitle(f"Published, not measured here\n{published.RULER_SOURCE}")
     return figure
 
 
@@ -273,6 +291,7 @@ FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {
     "recall": make_probe_figure,
     "horizon": lambda rows: make_horizon_figure() if of_suite(rows, "probe") else None,
     "decay": make_decay_figure,
+    "text": make_text_figure,
     "depth": make_depth_figure,
     "distance": make_distance_figure,
     "state": make_state_figure,

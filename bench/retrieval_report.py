@@ -32,6 +32,11 @@ CAPTIONS = {
         "Eight needles a sequence, one in each eighth of the depth, all asked for at the end. Dotted: "
         "the longest sequences of training.",
     ),
+    "text": (
+        "Needles in text",
+        "Eight sentences with a number each, hidden in bytes of text. One found in eight is what a "
+        "guess among the eight numbers gives.",
+    ),
     "depth": (
         "Retrieval by depth and length",
         "What fades with distance darkens from the top left down; what fades with length darkens all "
@@ -44,8 +49,8 @@ CAPTIONS = {
     ),
     "state": (
         "Retrieval against state",
-        "Right of its own markers a model pays bytes for what it finds; a vertical line is a state of "
-        "fixed size that loses what it cannot hold.",
+        "A marker a length: to the right a model keeps more of a longer context; a vertical line is a "
+        "state of fixed size, which loses what it cannot hold.",
     ),
     "tasks": (
         "Retrieval by task",

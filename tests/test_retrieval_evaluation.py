@@ -465,21 +465,6 @@ def test_the_table_holds_every_length_and_says_what_was_skipped():
     assert table.rows[2][:3] == ["4K", "skipped", "50.0% (38% to 62%)"]
 
 
-@pytest.mark.parametrize("name", ["decay", "depth", "distance", "state", "tasks", "ruler"])
-def test_every_figure_of_trained_models_is_drawn(name, tmp_path):
-    paths = retrieval_figures.write_figures(made_up_rows(), tmp_path)
-    assert imread(paths[name])[..., :3].std() > 0.05
-
-
-def test_a_line_holds_the_pooled_shares_of_its_length():
-    figure = retrieval_figures.make_decay_figure(made_up_rows())
-    axes = figure.axes[0]
-    lines = {c.get_label(): c.lines[0].get_ydata() for c in axes.containers}
-    assert lines["lightning"].tolist() == [1.0, 1.0, 0.5]
-    assert lines["hybrid-7to1"].tolist() == [1.0, 1.0, 1.0]
-    assert len(figure.axes) == 2  # the ablation has a panel of its own
-
-
 def test_published_curves_are_as_long_as_published():
     lengths = {model: len(values) for model, values in published.RULER.items()}
     assert lengths["MiniMax-Text-01"] == lengths["Gemini 1.5 Pro"] == len(published.RULER_LENGTHS)
