@@ -54,8 +54,8 @@ def turns(stages):
     return Tile(num_stages=stages, programs_per_sm=1, consumers=2)
 
 
-def paired(stages, per_sm=3):
-    return Tile(num_stages=stages, programs_per_sm=per_sm, consumers=2, width=128, paired=True)
+def paired(stages, per_sm=3, width=128):
+    return Tile(num_stages=stages, programs_per_sm=per_sm, consumers=2, width=width, paired=True)
 
 
 VARIANTS = [
@@ -79,6 +79,9 @@ VARIANTS = [
     Variant("fwd64 1 consumer 3 stages x2", 64, "forward", one(3, 2)),
     Variant("fwd64 1 consumer 6 stages", 64, "forward", one(6)),
     Variant("fwd64 portable", 64, "forward", hopper=False),
+    Variant("bwd64 paired 5 stages", 64, "backward", paired(5, width=64)),
+    Variant("bwd64 paired 5 stages, 2 slots a SM", 64, "backward", paired(5, 2, width=64)),
+    Variant("bwd64 paired 4 stages", 64, "backward", paired(4, width=64)),
     Variant("bwd64 in turn 6 stages", 64, "backward", turns(6)),
     Variant("bwd64 1 consumer 3 stages x2", 64, "backward", one(3, 2)),
     Variant("bwd64 1 consumer 6 stages", 64, "backward", one(6)),
@@ -126,7 +129,7 @@ def compile_one(number):
         precision = "high" if variant.kind == "high" else "default"
         wanted = [lightning.instance_of(variant.dim, torch.bfloat16, tile, precision)]
         if tile.paired:
-            wanted.append(lightning.grads_of(torch.bfloat16, tile))
+            wanted.append(lightning.grads_of(variant.dim, torch.bfloat16, tile))
         try:
             for instance in wanted:
                 module.cubin(instance, "sm_90a")

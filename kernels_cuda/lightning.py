@@ -100,9 +100,9 @@ def instance_of(b_dim: int, dtype: torch.dtype, tile: Tile, precision: str) -> I
 
 
 @cache
-def grads_of(dtype: torch.dtype, tile: Tile) -> Instance:
+def grads_of(dim: int, dtype: torch.dtype, tile: Tile) -> Instance:
     """The kernel that runs the three scans of a backward with a paired tile."""
-    return tiles.grads_instance(ELEMENTS[dtype], tile)
+    return tiles.grads_instance(ELEMENTS[dtype], dim, tile)
 
 
 def why_not(
@@ -181,7 +181,7 @@ def launch_scans(
     grid = units.shape[0] * heads_per_row * len(scans) * (c.shape[3] // tile.width)
     instance = instance_of(b.shape[3], b.dtype, tile, precision)
     if tile.paired and len(scans) == 3:
-        instance, grid = grads_of(b.dtype, tile), units.shape[0] * heads_per_row * 2
+        instance, grid = grads_of(b.shape[3], b.dtype, tile), units.shape[0] * heads_per_row * 2
     module.kernel(instance, b.device)(grid, params, b.device)
 
 

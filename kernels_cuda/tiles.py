@@ -18,7 +18,8 @@ class Tile:
 
     `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
     `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each or, if
-    that is more than the width, take turns at the same. If `paired`, one program runs the scans of dk and dv, and counts as two.
+    that is more than the width, take turns at the same. If `paired`, one program runs the scans of dk
+    and dv, and counts as two.
     """
 
     num_stages: int
@@ -81,7 +82,7 @@ OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cu
 # copies.
 HOPPER_SCAN = {
     (64, "forward"): Tile(num_stages=6, programs_per_sm=1, consumers=2),
-    (64, "backward"): Tile(num_stages=6, programs_per_sm=1, consumers=2),
+    (64, "backward"): Tile(num_stages=5, programs_per_sm=3, consumers=2, paired=True),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
     (128, "forward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
     (128, "backward"): Tile(num_stages=3, programs_per_sm=3, consumers=2, width=128, paired=True),
@@ -113,13 +114,15 @@ def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instan
     )
 
 
-def grads_instance(element: str, tile: Tile) -> Instance:
+def grads_instance(element: str, dim: int, tile: Tile) -> Instance:
     """The kernel for Hopper that runs the scans of dq, dk and dv, of which dk and dv share a block."""
-    box, dim = 2 * CHUNK * 64, 128
+    box, wide = 2 * CHUNK * 64, dim == 128
     ring = tile.num_stages * 4 * box * (dim // 64)
+    buffers = 4 * box * (1 if wide else 2)
+    stages_of_dq = tile.num_stages if wide else tile.num_stages * 4 // 3
     return Instance(
         name="hopper_grads",
-        arguments=f"{element}, {tile.num_stages}",
+        arguments=f"{element}, {dim}, {tile.num_stages}",
         num_threads=384,
-        shared_bytes=ring + 4 * box + 2 * OWN_BYTES + 2 * 8 * tile.num_stages,
+        shared_bytes=ring + buffers + 2 * OWN_BYTES + 2 * 8 * stages_of_dq,
     )

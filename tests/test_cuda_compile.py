@@ -39,7 +39,7 @@ def instances(capability):
             precision = "high" if kind == "high" else "default"
             yield lightning.instance_of(dim, dtype, tile, precision), tile
             if tile.paired:
-                yield lightning.grads_of(dtype, tile), tile
+                yield lightning.grads_of(dim, dtype, tile), tile
             if kind == "unequal":  # dims: that of b may be the smaller
                 yield lightning.instance_of(64, dtype, tile, precision), tile
 

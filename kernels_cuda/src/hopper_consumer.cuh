@@ -81,7 +81,7 @@ struct Consumer {
     static_assert(HALVES == 1 || !SPLIT, "registers are for one");
     static_assert(HALVES == 1 && !SPLIT || !TURNS, "turns are for a state that leaves room");
     static constexpr bool EARLY = HALVES == 1 && !SPLIT;  // registers do for products beside the scores
-    static constexpr bool KEPT = EARLY && C_DIM == 0;  // and for the masks, where ptxas finds them
+    static constexpr bool KEPT = EARLY && (C_DIM == 0 || B_DIM == 64);  // and for masks, where ptxas finds them
     using Left = uint32[1 + SPLIT][CHUNK / 16][4];  // operand of 64 rows, in registers
 
     // A stage of the ring, and the parity of the phase in which it is filled.

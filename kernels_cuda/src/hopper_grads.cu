@@ -1,34 +1,39 @@
-// The three gradients for Hopper, where K = V = 128: dk and dv share their loads.
+// The three gradients for Hopper, where K = V: dk and dv share their loads.
 //
-// Legend: T tokens, D = 128 head dim; C = 64 tokens a chunk.
+// Legend: T tokens, D = 64 or 128 head dim; C = 64 tokens a chunk.
 //
 // dk = scan(v, do, q) and dv = scan(k, q, do) go backward in time over the same four tensors, so one block
-// runs both: a producer warp copies a chunk of each, one warpgroup carries dk's state [128, 128] in its
-// registers and another dv's (hopper_consumer.cuh with two halves). dq = scan(do, v, k), forward in time,
-// has blocks of its own, with 64 columns of k for each warpgroup. Blocks of dk and dv take twice as long
-// and come first in the grid, so that those of dq fill what they leave.
+// runs both: a producer warp copies a chunk of each, one warpgroup carries dk's state [D, D] in its
+// registers and another dv's (hopper_consumer.cuh; with two halves where D = 128). dq = scan(do, v, k),
+// forward in time, has blocks of its own: its warpgroups have 64 columns of k each, or take turns where
+// that is all. Blocks of dk and dv take longer and come first in the grid, so that those of dq fill what
+// they leave.
 //
 // Parameters are those of hopper_scan.cu with the scans of dq, dk, dv; c is as wide as b, and all scans
 // give outputs.
 #include "hopper_consumer.cuh"
 
-constexpr int DIM = 128, PANELS = DIM / 64, TENSORS = 4;
+constexpr int TENSORS = 4;
 constexpr int NUM_THREADS = 2 * 128 + 128;  // of the last warpgroup one thread works
 
 enum { DQ, DK, DV };  // scans
 enum { A, B, C };     // of their maps
 
-template <class E, int STAGES>
+template <class E, int DIM, int STAGES>
 struct HopperGrads {
-    static constexpr int PAIR_PANELS = TENSORS * PANELS, LONE_PANELS = (TENSORS - 1) * PANELS;
-    static constexpr int RING = STAGES * PAIR_PANELS, LONE_RING = STAGES * LONE_PANELS;
-    static_assert(RING - LONE_RING >= 4, "what dq leaves of the ring holds its scores");
+    static constexpr int PANELS = DIM / 64, PAIR_PANELS = TENSORS * PANELS, LONE_PANELS = (TENSORS - 1) * PANELS;
+    static constexpr bool WIDE = DIM == 128;
+    static constexpr int BUFFERS = WIDE ? 1 : 2;  // of scores and outputs, that a consumer of a pair has
+    static constexpr int RING = STAGES * PAIR_PANELS;
+    // dq takes what a wide pair leaves of the ring as buffers, else as more stages.
+    static constexpr int LONE_STAGES = WIDE ? STAGES : RING / LONE_PANELS, LONE_RING = LONE_STAGES * LONE_PANELS;
+    static_assert(!WIDE || RING - LONE_RING >= 4, "scores of two consumers, twice");
 
     struct Shared {
         Panel ring[RING];
-        Panel scores[2], out[2];
+        Panel scores[2 * BUFFERS], out[2 * BUFFERS];
         Own own[2];
-        Barrier full[STAGES], empty[STAGES];
+        Barrier full[LONE_STAGES], empty[LONE_STAGES];
     };
 
     const HopperScanParams& all;
@@ -37,7 +42,7 @@ struct HopperGrads {
 
     __device__ void run(const Unit& unit) {
         if (threadIdx.x == 0) {
-            for (int stage = 0; stage < STAGES; ++stage) {
+            for (int stage = 0; stage < LONE_STAGES; ++stage) {
                 shared.full[stage].init(1);
                 shared.empty[stage].init(2 * 4);  // a lane of each warp
             }
@@ -60,38 +65,42 @@ struct HopperGrads {
     // In a stage those tensors come first that the state is made of: do, q, v, k or v, k, do.
     __device__ void consume(int group, const Course& course) {
         Panel* ring = shared.ring;
-        Places at = {ring + 2 * PANELS, ring, ring + PANELS + group, ring + LONE_RING + 2 * group,
-                     group == 0 ? shared.scores : shared.out, shared.own[group], shared.full, shared.empty};
+        Places at = {nullptr, ring, nullptr, shared.scores + group * BUFFERS, shared.out + group * BUFFERS,
+                     shared.own[group], shared.full, shared.empty};
         if (pair) {
-            at.scores = shared.scores + group;
-            at.out = shared.out + group;
             at.a = ring + (2 + group) * PANELS;
             at.b = ring + group * PANELS;
             at.c = ring + (1 - group) * PANELS;
-            Consumer<E, DIM, DIM, 2, STAGES, PAIR_PANELS, false, false>(
+            Consumer<E, DIM, DIM, PANELS, STAGES, PAIR_PANELS, false, false>(
                 all, course, at, DK + group, 0, group).run();
-        } else {
-            Consumer<E, DIM, DIM, 1, STAGES, LONE_PANELS, false, false>(
-                all, course, at, DQ, group * 64, group).run();
+            return;
         }
+        at.a = ring + 2 * PANELS;
+        at.c = ring + PANELS + (WIDE ? group : 0);
+        if constexpr (WIDE) {
+            at.scores = ring + LONE_RING + group * 2;
+            at.out = group == 0 ? shared.scores : shared.out;
+        }
+        Consumer<E, DIM, DIM, 1, LONE_STAGES, LONE_PANELS, false, !WIDE>(
+            all, course, at, DQ, WIDE ? group * 64 : 0, group).run();
     }
 
     __device__ void produce(const Walk& walk) const {
         const auto& maps = all.maps;
         if (pair) {
             const TensorMap* tensors[] = {&maps[DK][B], &maps[DK][C], &maps[DK][A], &maps[DV][A]};
-            fill(walk, tensors);
+            fill<STAGES>(walk, tensors);
         } else {
             const TensorMap* tensors[] = {&maps[DQ][B], &maps[DQ][C], &maps[DQ][A]};
-            fill(walk, tensors);
+            fill<LONE_STAGES>(walk, tensors);
         }
     }
 
     // Keep the ring filled. Chunks that only update the state want the first two tensors alone.
-    template <int COUNT>
+    template <int LENGTH, int COUNT>
     __device__ void fill(const Walk& walk, const TensorMap* const (&tensors)[COUNT]) const {
         for (int n = 0; n < walk.chunks.count; ++n) {
-            const int stage = n % STAGES, round = n / STAGES, token = walk.chunks.token(n, CHUNK);
+            const int stage = n % LENGTH, round = n / LENGTH, token = walk.chunks.token(n, CHUNK);
             const int count = n >= walk.unit.num_warm ? COUNT : 2;
             if (round > 0) shared.empty[stage].wait((round - 1) % 2);  // protects the stage
             Barrier& full = shared.full[stage];
