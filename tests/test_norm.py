@@ -12,6 +12,8 @@ from attnlab.model.norm import RMSNorm
 from tests.kernel_cases import as_exact, differentiated, random, runs_kernels
 
 EPS = 1e-5
+# The interpreter runs 16 columns of a weight's gradient at a time.
+WIDEST = 6144 if torch.cuda.is_available() else 2064
 FORMS = ["alone", "sum", "gate", "sum and gate", "scale", "scale by row"]
 
 
@@ -35,7 +37,7 @@ def definition(x, plus, gate, scale, weight, alpha, beta):
 
 @runs_kernels
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(3, 70, 32), (300, 30), (5, 1100), (2, 6144)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 70, 32), (300, 30), (5, 1100), (2, WIDEST)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_triton_norms_and_their_gradients_are_rounded_once(dtype, shape, form, device, monkeypatch):
     from kernels_triton import norm
