@@ -46,6 +46,10 @@ def one(stages, per_sm=1):
     return Tile(num_stages=stages, programs_per_sm=per_sm, consumers=1)
 
 
+def cluster(stages):
+    return Tile(num_stages=stages, programs_per_sm=1, consumers=1, cluster_size=2)
+
+
 def two(stages):
     return Tile(num_stages=stages, programs_per_sm=1, consumers=2, width=128)
 
@@ -60,6 +64,8 @@ def paired(stages, per_sm=3, width=128):
 
 VARIANTS = [
     Variant("fwd128 1 consumer 4 stages", 128, "forward", one(4)),
+    Variant("fwd128 1 consumer 4 stages, clusters of 2", 128, "forward", cluster(4)),
+    Variant("fwd128 1 consumer 3 stages, clusters of 2", 128, "forward", cluster(3)),
     Variant("fwd128 1 consumer 3 stages", 128, "forward", one(3)),
     Variant("fwd128 1 consumer 4 stages, boxes to L2 by 128", 128, "forward", one(4), promotion=2),
     Variant("fwd128 2 consumers 3 stages", 128, "forward", two(3)),

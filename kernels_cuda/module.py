@@ -39,18 +39,21 @@ class KernelError(RuntimeError):
 class Instance:
     """A kernel and its template arguments, with what a launch of it takes.
 
-    `shared_bytes` is checked against the kernel's own struct when it is compiled.
+    `shared_bytes` is checked against the kernel's own struct when it is compiled. The blocks of a
+    cluster follow one another in the grid.
     """
 
     name: str
     arguments: str
     num_threads: int
     shared_bytes: int = 0
+    cluster_size: int = 1
 
     def source(self, *folders: Path) -> str:
         """The whole text to compile; a file of `folders` comes before one of the same name here."""
         defines = f"#define TEMPLATE_ARGUMENTS {self.arguments}\n"
         defines += f"#define SHARED_BYTES {self.shared_bytes}\n"
+        defines += f"#define CLUSTER_SIZE {self.cluster_size}\n"
         return defines + _inlined(f"{self.name}.cu", (*folders, SOURCES), set())
 
 

@@ -19,7 +19,7 @@ class Tile:
     `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
     `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each or, if
     that is more than the width, take turns at the same. If `paired`, one program runs the scans of dk
-    and dv, and counts as two.
+    and dv, and counts as two. Both programs of a cluster of two share their copies of a and b.
     """
 
     num_stages: int
@@ -28,6 +28,7 @@ class Tile:
     width: int = WIDTH
     consumers: int = 0
     paired: bool = False
+    cluster_size: int = 1
 
     @property
     def blocks_per_sm(self) -> int:
@@ -79,13 +80,15 @@ OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cu
 
 # Of the kernels for Hopper, by the larger head dim and what asks. In a forward one consumer does; a
 # backward and "high" precision are nearer to what the products take, and two consumers share their
-# copies.
+# copies. "cluster" is another way to share them, which nothing asks for unless it is put in "forward"'s
+# place (bench/cuda_variants.py).
 HOPPER_SCAN = {
     (64, "forward"): Tile(num_stages=6, programs_per_sm=1, consumers=2),
     (64, "backward"): Tile(num_stages=5, programs_per_sm=3, consumers=2, paired=True),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
     (128, "forward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
     (128, "backward"): Tile(num_stages=3, programs_per_sm=3, consumers=2, width=128, paired=True),
+    (128, "cluster"): Tile(num_stages=4, programs_per_sm=1, consumers=1, cluster_size=2),
     (128, "unequal"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
 }
@@ -110,6 +113,7 @@ def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instan
         name="hopper_scan",
         arguments=", ".join([element, *sizes, str(split).lower(), str(turns).lower()]),
         num_threads=160 if tile.consumers == 1 else 384,
+        cluster_size=tile.cluster_size,
         shared_bytes=tile.num_stages * stage + scores_and_out + own + barriers,
     )
 

@@ -109,6 +109,47 @@ def test_scans_of_dk_and_dv_are_right_in_blocks_of_their_own(mode, segments, mon
         assert_right("cuda", inputs_of(device, T=333, dims=(128, 128)))
 
 
+@pytest.fixture
+def clusters(monkeypatch):
+    """Forwards at D = 128 by clusters of two blocks."""
+    if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setitem(tiles.HOPPER_SCAN, (128, "forward"), tiles.HOPPER_SCAN[128, "cluster"])
+    with lightning.hopper_kernels():
+        yield
+
+
+@pytest.mark.parametrize(("mode", "segments"), MODES[:3])
+def test_clusters_share_their_copies(clusters, mode, segments, device):
+    with schedules.forced_plan(mode, segments):
+        assert_right("cuda", inputs_of(device, T=513, dims=(128, 128)))
+
+
+CLUSTER_DEFECTS = {
+    "a_stage_that_the_other_block_still_reads": (  # which falls behind
+        "arrive_in(lane);",
+        "arrive(); for (int i = 0; i < 40 * cluster_rank(); ++i) host::pass_on();",
+    ),
+    "half_of_the_columns_left_out": (
+        "panel % 2 == cluster_rank()",
+        "panel == 0 && !cluster_rank()",
+    ),
+    "no_barrier_before_the_others_copies": ("cluster_sync();  // protects", "{}  // "),
+}
+
+
+@on_host
+@pytest.mark.parametrize("defect", CLUSTER_DEFECTS)
+def test_a_defect_of_clusters_is_caught(clusters, defect, monkeypatch, device):
+    inputs = inputs_of(device, T=513, dims=(128, 128))
+    with schedules.forced_plan("single"):
+        use_loader(monkeypatch, HostLoader(change=CLUSTER_DEFECTS[defect]))
+        with pytest.raises(
+            (AssertionError, module.KernelError), match=r"its budget|all threads|more"
+        ):
+            assert_right("cuda", inputs)
+
+
 @on_host
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)], ids=str)
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])

@@ -111,6 +111,5 @@ static_assert(sizeof(Instance::Shared) == SHARED_BYTES, "lightning_decode.py cou
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 decode(const __grid_constant__ DecodeParams params) {
-    extern __shared__ __align__(128) unsigned char shared_bytes[];
-    Instance::run(params, *(Instance::Shared*)shared_bytes);
+    Instance::run(params, *(Instance::Shared*)dynamic_shared());
 }

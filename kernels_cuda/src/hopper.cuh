@@ -20,6 +20,14 @@ struct Barrier {
                      :: "r"(shared_address(this)) : "memory");
     }
 
+    // Arrive at the same barrier of a block of the cluster.
+    __device__ void arrive_in(int rank) {
+        asm volatile("{\n.reg .b32 there;\n"
+                     "mapa.shared::cluster.u32 there, %0, %1;\n"
+                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
+                     :: "r"(shared_address(this)), "r"(rank) : "memory");
+    }
+
     // Arrive, and let the phase wait for so many bytes of copies too.
     __device__ void arrive_and_expect(int num_bytes) {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
@@ -50,6 +58,17 @@ struct Barrier {
 // Shows initialised barriers to the copy engine.
 __device__ inline void fence_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// A block's number in its cluster, and a barrier of all threads of the cluster.
+__device__ inline int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Shows what this thread wrote to shared memory to the copy engine and to warpgroup products.
@@ -92,6 +111,16 @@ __device__ inline void copy_box(
         "[%0], [%1, {%3, %4, %5, %6}], [%2];"
         :: "r"(shared_address(shared)), "l"(&map), "r"(shared_address(&barrier)),
            "r"(column), "r"(token), "r"(head), "r"(batch) : "memory");
+}
+
+// The same into both blocks of a cluster: to the same place of each, and to the same barrier.
+__device__ inline void copy_box_to_both(
+    void* shared, const TensorMap& map, Barrier& barrier, int column, int token, int head, int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+        :: "r"(shared_address(shared)), "l"(&map), "r"(shared_address(&barrier)),
+           "r"(column), "r"(token), "r"(head), "r"(batch), "h"((unsigned short)3) : "memory");
 }
 
 __device__ inline void store_box(

@@ -288,8 +288,13 @@ struct Consumer {
 
     __device__ void wait_full(const Slot& slot) { at.full[slot.stage].wait_together(slot.parity); }
 
+    // To all blocks of the cluster, since each copies for all.
     __device__ void release(const Slot& slot) {
-        if (lane == 0) at.empty[slot.stage].arrive();
+        if constexpr (CLUSTER_SIZE == 1) {
+            if (lane == 0) at.empty[slot.stage].arrive();
+        } else {
+            if (lane < CLUSTER_SIZE) at.empty[slot.stage].arrive_in(lane);
+        }
     }
 
     // scores [from, to] = B A^T

@@ -121,9 +121,8 @@ static_assert(sizeof(Instance::Shared) == SHARED_BYTES, "tiles.py counts them to
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 hopper_grads(const __grid_constant__ HopperScanParams params) {
-    extern __shared__ __align__(1024) unsigned char shared_bytes[];
     const int num_rows = gridDim.x / 2, block = blockIdx.x;
     const bool pair = block < num_rows;
     const Unit unit = Task::unit_of(params.scan, pair ? block : block - num_rows);
-    Instance{params, pair, *(Instance::Shared*)shared_bytes}.run(unit);
+    Instance{params, pair, *(Instance::Shared*)dynamic_shared()}.run(unit);
 }

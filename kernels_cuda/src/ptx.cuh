@@ -41,6 +41,12 @@ struct float16 {
     }
 };
 
+// The block's shared memory, of as many bytes as the launch says.
+__device__ inline unsigned char* dynamic_shared() {
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    return shared_bytes;
+}
+
 // ---- Copies from global to shared memory that run beside the threads ----
 
 __device__ inline uint32 shared_address(const void* pointer) {

@@ -275,9 +275,8 @@ static_assert(sizeof(Instance::Shared) == SHARED_BYTES, "tiles.py counts them to
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 scan(const __grid_constant__ ScanParams params) {
-    extern __shared__ __align__(128) unsigned char shared_bytes[];
     const Task task = Task::of(params, blockIdx.x, WIDTH);
     Instance instance{params, params.scans[task.index], task.unit, task.index, task.column,
-                      *(Instance::Shared*)shared_bytes};
+                      *(Instance::Shared*)dynamic_shared()};
     instance.run();
 }

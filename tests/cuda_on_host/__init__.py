@@ -24,7 +24,7 @@ OPTIONS = ("-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-shared", "-pthrea
 ENTRY = """
 extern "C" const char* launch(const void* params, unsigned grid, unsigned threads, int eager) {
     host::copies_are_eager = eager;
-    return host::run_grid(%s, params, grid, threads);
+    return host::run_grid(%s, params, grid, threads, CLUSTER_SIZE);
 }
 """
 

@@ -13,6 +13,7 @@ struct alignas(8) Barrier {
 
     void init(int arrivals) { *this = Barrier{(unsigned char)arrivals, 0, 0, 0}; }
     void arrive() { ++arrived; turn(); }
+    void arrive_in(int rank);
     void arrive_and_expect(int num_bytes) { bytes += num_bytes; arrive(); }
     void landed(int num_bytes) { bytes -= num_bytes; turn(); }
     void wait(int parity) { while (phase % 2 == parity) host::pass_on(); }
@@ -24,9 +25,23 @@ struct alignas(8) Barrier {
         if (arrived < num_arrivals || bytes != 0) return;
         arrived = 0;
         ++phase;
-        host::block->waits = 0;
+        host::cluster->waits = 0;
     }
 };
+
+namespace host {
+
+// What lies in a block of the cluster where `mine` lies in this one.
+template <class T>
+T* of_block(T* mine, int rank) {
+    return (T*)((unsigned char*)mine - block().shared + cluster->blocks[rank].shared);
+}
+
+}  // namespace host
+
+inline void Barrier::arrive_in(int rank) { host::of_block(this, rank)->arrive(); }
+inline int cluster_rank() { return host::rank(); }
+inline void cluster_sync() { host::meet(host::cluster->gate, host::cluster->fibres.size()); }
 
 inline void fence_barriers() {}
 inline void fence_shared() {}
@@ -34,7 +49,7 @@ inline int uniform(int value) { return value; }
 inline int unknown(int value) { return value; }
 template <int> void registers_up() {}
 template <int> void registers_down() {}
-inline void group_sync(int group) { host::meet(host::block->group_gates[group], 128); }
+inline void group_sync(int group) { host::meet(host::block().group_gates[group], 128); }
 
 // ---- Boxes ----
 
@@ -70,6 +85,13 @@ inline void copy_box(
         host::Copy{to, from}.happen();
     });
     barrier.landed(64 * 128);
+}
+
+inline void copy_box_to_both(
+    void* shared, const TensorMap& map, Barrier& barrier, int column, int token, int head, int batch) {
+    for (int rank = 0; rank < 2; ++rank)
+        copy_box(host::of_block((unsigned char*)shared, rank), map, *host::of_block(&barrier, rank), column,
+                 token, head, batch);
 }
 
 inline void store_box(
@@ -125,10 +147,10 @@ struct Pending {  // a sum that its thread has not waited for
     std::vector<float> values;
 };
 
-inline thread_local std::vector<std::vector<Pending>> pending[512];  // groups, by thread; the last is open
+inline thread_local std::vector<std::vector<Pending>> pending[1024];  // groups, by thread of the cluster; the last is open
 
 inline std::vector<std::vector<Pending>>& groups() {
-    auto& own = pending[threadIdx.x];
+    auto& own = pending[cluster->current];
     if (own.empty()) own.emplace_back();
     return own;
 }

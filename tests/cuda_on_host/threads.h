@@ -2,10 +2,12 @@
 //
 // A fibre runs until it has to wait, then another goes on: in a warp's collective the next lane, at a
 // barrier of the block the next thread. So warps run as far apart as barriers let them, which shows
-// where one is missing. Blocks are dealt out to as many system threads as there are cores.
+// where one is missing. Clusters are dealt out to as many system threads as there are cores; the blocks of
+// one run together.
 #pragma once
 
 #include <csetjmp>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +24,7 @@
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __shared__ thread_local
 #define __align__(n) __attribute__((aligned(n)))
 
@@ -32,8 +35,7 @@ using std::max;
 using std::min;
 
 inline thread_local uint3 threadIdx, blockIdx, gridDim;
-constexpr int MAX_SHARED_BYTES = 227 << 10;
-alignas(1024) inline thread_local unsigned char shared_bytes[MAX_SHARED_BYTES];
+constexpr int MAX_SHARED_BYTES = 227 << 10, MAX_CLUSTER_SIZE = 2;
 
 namespace host {
 
@@ -68,32 +70,43 @@ struct Warp {
 };
 
 struct Block {
+    Gate gate;
+    Gate group_gates[4];  // of warpgroups
+    alignas(1024) unsigned char shared[MAX_SHARED_BYTES];
+};
+
+struct Cluster {
+    std::unique_ptr<Block[]> blocks{new Block[MAX_CLUSTER_SIZE]};
+    unsigned first = 0, num_threads;  // of its blocks, of a block
+    Gate gate;
     std::vector<Fibre> fibres;
     std::vector<Warp> warps;
     std::vector<std::unique_ptr<char[]>> stacks;
-    Gate gate;
-    Gate group_gates[4];  // of warpgroups
     unsigned current = 0, num_done = 0;
     unsigned long waits = 0;  // since something last happened
     jmp_buf finished;
     std::function<void()> body;
 };
 
-inline thread_local Block* block;
-inline Fibre& current() { return block->fibres[block->current]; }
+inline thread_local Cluster* cluster;
+inline Fibre& current() { return cluster->fibres[cluster->current]; }
+inline Warp& current_warp() { return cluster->warps[cluster->current / 32]; }
+inline unsigned rank() { return cluster->current / cluster->num_threads; }
+inline Block& block() { return cluster->blocks[rank()]; }
 
 inline char failure[200];  // of the last launch, empty if there is none
 
-// End the block, and have the launch say why.
+// End the cluster, and have the launch say why.
 [[noreturn]] inline void fail(const char* what) {
     std::snprintf(failure, sizeof failure, "block %u, thread %u: %s", blockIdx.x, threadIdx.x, what);
-    _longjmp(block->finished, 1);
+    _longjmp(cluster->finished, 1);
 }
 
 [[noreturn]] inline void resume(unsigned next) {
-    Fibre& fibre = block->fibres[next];
-    block->current = next;
-    threadIdx.x = next;
+    Fibre& fibre = cluster->fibres[next];
+    cluster->current = next;
+    threadIdx.x = next % cluster->num_threads;
+    blockIdx.x = cluster->first + next / cluster->num_threads;
     if (fibre.started) _longjmp(fibre.here, 1);
     fibre.started = true;
     setcontext(&fibre.start);
@@ -101,17 +114,17 @@ inline char failure[200];  // of the last launch, empty if there is none
 }
 
 inline void pass_on_to(unsigned next) {
-    while (block->fibres[next].done) next = (next + 1) % block->fibres.size();
-    if (++block->waits > 1000 * block->fibres.size()) fail("all threads wait");
+    while (cluster->fibres[next].done) next = (next + 1) % cluster->fibres.size();
+    if (++cluster->waits > 1000 * cluster->fibres.size()) fail("all threads wait");
     if (_setjmp(current().here) == 0) resume(next);
 }
 
-inline void pass_on() { pass_on_to((block->current + 1) % block->fibres.size()); }
+inline void pass_on() { pass_on_to((cluster->current + 1) % cluster->fibres.size()); }
 
 inline void open(Gate& gate) {
     gate.arrived = 0;
     ++gate.times_open;
-    block->waits = 0;
+    cluster->waits = 0;
 }
 
 inline void meet(Gate& gate, unsigned members) {
@@ -124,13 +137,13 @@ inline void meet(Gate& gate, unsigned members) {
 template <class Offer, class Work>
 void together(Offer& own, Work work) {
     static const char kind = 0;
-    Warp& warp = block->warps[threadIdx.x / 32];
+    Warp& warp = current_warp();
     const unsigned lane = threadIdx.x % 32, times = warp.gate.times_open;
     if (warp.gate.arrived > 0 && warp.kind != &kind) fail("lanes of a warp do different things");
     warp.kind = &kind;
     warp.offered[lane] = &own;
     if (++warp.gate.arrived < 32) {
-        while (warp.gate.times_open == times) pass_on_to(threadIdx.x / 32 * 32 + (lane + 1) % 32);
+        while (warp.gate.times_open == times) pass_on_to(cluster->current / 32 * 32 + (lane + 1) % 32);
         return;
     }
     Offer* lanes[32];
@@ -140,54 +153,57 @@ void together(Offer& own, Work work) {
 }
 
 inline void run_fibre() {
-    block->body();
+    cluster->body();
     Fibre& fibre = current();
     fibre.done = true;
     if (!fibre.copies.empty()) fail("ends before its copies");
-    if (++block->num_done == block->fibres.size()) _longjmp(block->finished, 1);
-    unsigned next = block->current;
-    while (block->fibres[next].done) next = (next + 1) % block->fibres.size();
+    if (++cluster->num_done == cluster->fibres.size()) _longjmp(cluster->finished, 1);
+    unsigned next = cluster->current;
+    while (cluster->fibres[next].done) next = (next + 1) % cluster->fibres.size();
     resume(next);
 }
 
-inline void run_block(unsigned index) {
+inline void run_cluster(unsigned first) {
     constexpr size_t STACK_BYTES = 128 << 10;
-    blockIdx = {index, 0, 0};
-    std::memset(shared_bytes, 0xff, sizeof shared_bytes);  // not numbers
-    block->gate = {};
-    for (Gate& gate : block->group_gates) gate = {};
-    block->num_done = 0;
-    block->waits = 0;
-    std::fill(block->warps.begin(), block->warps.end(), Warp{});
-    for (size_t n = 0; n < block->fibres.size(); ++n) {
-        Fibre& fibre = block->fibres[n];
+    cluster->first = first;
+    cluster->gate = {};
+    for (unsigned n = 0; n < cluster->fibres.size() / cluster->num_threads; ++n)
+        std::memset((void*)&cluster->blocks[n], 0, offsetof(Block, shared)),
+            std::memset(cluster->blocks[n].shared, 0xff, MAX_SHARED_BYTES);  // not numbers
+    cluster->num_done = 0;
+    cluster->waits = 0;
+    std::fill(cluster->warps.begin(), cluster->warps.end(), Warp{});
+    for (size_t n = 0; n < cluster->fibres.size(); ++n) {
+        Fibre& fibre = cluster->fibres[n];
         fibre.started = fibre.done = false;
         fibre.copies.clear();
         fibre.group_ends.clear();
-        if (block->stacks.size() <= n) block->stacks.emplace_back(new char[STACK_BYTES]);
+        if (cluster->stacks.size() <= n) cluster->stacks.emplace_back(new char[STACK_BYTES]);
         getcontext(&fibre.start);
-        fibre.start.uc_stack.ss_sp = block->stacks[n].get();
+        fibre.start.uc_stack.ss_sp = cluster->stacks[n].get();
         fibre.start.uc_stack.ss_size = STACK_BYTES;
         makecontext(&fibre.start, run_fibre, 0);
     }
-    if (_setjmp(block->finished) == 0) resume(0);
+    if (_setjmp(cluster->finished) == 0) resume(0);
 }
 
 // Empty, or what went wrong.
 template <class Params>
-const char* run_grid(void (*kernel)(Params), const void* params, unsigned grid, unsigned threads) {
+const char* run_grid(
+    void (*kernel)(Params), const void* params, unsigned grid, unsigned threads, unsigned cluster_size) {
     failure[0] = 0;
     std::atomic<unsigned> next{0};
     auto work = [&] {
-        Block own;
-        own.fibres.resize(threads);
-        own.warps.resize(threads / 32);
+        Cluster own;
+        own.num_threads = threads;
+        own.fibres.resize(threads * cluster_size);
+        own.warps.resize(threads * cluster_size / 32);
         Params aligned;
         std::memcpy((void*)&aligned, params, sizeof aligned);
         own.body = [&] { kernel(aligned); };
-        block = &own;
+        cluster = &own;
         gridDim = {grid, 1, 1};
-        for (unsigned n; (n = next++) < grid;) run_block(n);
+        for (unsigned n; (n = next++) < grid / cluster_size;) run_cluster(n * cluster_size);
     };
     std::vector<std::thread> workers;
     for (unsigned n = 0; n < std::min(grid, std::thread::hardware_concurrency()); ++n)
@@ -198,7 +214,9 @@ const char* run_grid(void (*kernel)(Params), const void* params, unsigned grid, 
 
 }  // namespace host
 
-inline void __syncthreads() { host::meet(host::block->gate, host::block->fibres.size()); }
+inline unsigned char* dynamic_shared() { return host::block().shared; }
+
+inline void __syncthreads() { host::meet(host::block().gate, host::cluster->num_threads); }
 
 inline void __syncwarp() {
     int nothing = 0;
