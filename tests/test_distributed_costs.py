@@ -7,9 +7,22 @@ from dataclasses import replace
 import pytest
 
 from attnlab import cli
-from attnlab.distributed.anchors import GPUS, anchors, fit_line, ideal_gather_time
+from attnlab.distributed.anchors import (
+    GPUS,
+    ZECO_GATHER,
+    anchors,
+    fit_line,
+    ideal_gather_time,
+)
 from attnlab.distributed.balance import MIXES, draw_documents, mean_imbalance
-from attnlab.distributed.costs import H800, Job, exchange_time, forward, ring_time
+from attnlab.distributed.costs import (
+    H800,
+    Job,
+    exchange_time,
+    forward,
+    measured_gather_time,
+    ring_time,
+)
 from attnlab.distributed.pack import PackPlan
 from attnlab.distributed.planning import best_job, parse_range, parse_size, step_time
 from attnlab.distributed.streams import Op, Step, exposed, makespan, moe_schedule, simulate
@@ -34,6 +47,14 @@ def test_nccls_constants_give_the_ideal_gather_which_is_four_times_too_fast():
     assert ideal_gather_time(8) == pytest.approx(0.072, abs=0.002)
     assert ideal_gather_time(256) == pytest.approx(2.18, abs=0.03)
     assert all(ideal_gather_time(gpus) < 0.34 + 0.0322 * (gpus - 1) for gpus in GPUS)
+
+
+def test_the_measured_gather_is_the_line_through_its_anchors():
+    start, slope, _ = fit_line([n - 1 for n in GPUS], ZECO_GATHER)
+    shard = 32 * 128 * 128 * 4  # bytes of a rank's states there
+    assert 1e3 * measured_gather_time(0) == pytest.approx(start, rel=0.01)
+    more = measured_gather_time(shard) - measured_gather_time(0)
+    assert 1e3 * more == pytest.approx(slope, rel=0.01)
 
 
 def test_an_operation_waits_for_its_stream_and_for_what_it_needs():
