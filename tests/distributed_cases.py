@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterable
 from unittest import mock
 
 import torch
@@ -45,8 +46,13 @@ def worst(
 ) -> float:
     """Largest error of a rank's output and gradients, which includes its first and last tokens."""
     wanted = [plan.shard(x, rank, 2) for x in expected]
-    errors = [(a - b).abs().max().item() for a, b in zip(parts, wanted, strict=True) if a.numel()]
-    return max(errors, default=0.0)
+    return largest(a - b for a, b in zip(parts, wanted, strict=True))
+
+
+def largest(errors: Iterable[torch.Tensor]) -> float:
+    """Largest magnitude, infinite where one is not finite: NaN is below no other and above none."""
+    found = torch.cat([torch.zeros(1), *(error.flatten() for error in errors)]).abs()
+    return found.nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
 
 
 def simulated_weights(plan, log_decay):
@@ -80,6 +86,11 @@ def run_failing(rank, size, how):
         time.sleep(600)
     dist.all_reduce(torch.ones(1))
     return os.getpid()
+
+
+def run_empty(rank, size):
+    """What memory holds that nothing was written to."""
+    return torch.empty(5)
 
 
 def differentiate(outputs, leaves, grad_output):

@@ -102,6 +102,9 @@ def _serve(rank: int, size: int, backend: str, store: str, seconds: float, pipe)
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # As conftest has it in its own process: `torch.empty` is filled with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(
