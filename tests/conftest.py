@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,37 @@ def empty_memory_holds_nan():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_is_patched_once_a_launch():
+    """Triton's interpreter patches its language at each call of a device function: most of its time.
+
+    Nothing undoes that before the launch ends, so what one call has patched serves the later ones.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    launch, patch, patched = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    def launch_anew(executor, *arguments, **keywords):
+        patched.clear()
+        return launch(executor, *arguments, **keywords)
+
+    def patch_once(function):
+        modules = interpreter.tl, interpreter.tl.core
+        seen = frozenset(m for m in modules if any(v is m for v in function.__globals__.values()))
+        if seen in patched:
+            return None
+        patched.add(seen)
+        return patch(function)
+
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        changes.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 @pytest.fixture(scope="session")
