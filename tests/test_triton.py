@@ -38,7 +38,7 @@ def run_python(*arguments, interpret):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
+        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -67,15 +67,21 @@ def schedules():
     schedules._schedules.clear()
 
 
-@pytest.fixture(params=[1, 132], ids=["1mp", "132mp"])
+@pytest.fixture(params=[132], ids=["132mp"])
 def multiprocessors(request, monkeypatch, schedules):
     """Plans as on a device with so many multiprocessors, whatever runs them."""
     monkeypatch.setattr(schedules, "num_multiprocessors", lambda device: request.param)
 
 
+# A device of one multiprocessor has another plan of these calls in the third mode alone.
+PLANS = [(132, *mode) for mode in MODES] + [(1, *MODES[2])]
+
+
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("mode", "segments"), MODES)
+@pytest.mark.parametrize(
+    ("multiprocessors", "mode", "segments"), PLANS, indirect=["multiprocessors"]
+)
 def test_every_mode_is_right(schedules, multiprocessors, mode, segments, dtype, device):
     inputs = inputs_of(device, B=2, T=333, dtype=dtype)
     with schedules.forced_plan(mode, segments):
@@ -261,18 +267,28 @@ DEFECTS = [
 ]
 
 
+@pytest.fixture
+def defect_inputs(device):
+    decay = torch.tensor([-0.03, -0.02, -0.01], device=device)
+    return replace(inputs_of(device, T=333), log_decay=decay)
+
+
 @runs_kernels
-@pytest.mark.parametrize("multiprocessors", [132], indirect=True, ids=["132mp"])
-@pytest.mark.parametrize(("mode", "defect"), DEFECTS, ids=[d.__name__ for _, d in DEFECTS])
-def test_a_planted_defect_is_caught(schedules, multiprocessors, monkeypatch, mode, defect, device):
-    inputs = inputs_of(device, T=333)
-    inputs = replace(inputs, log_decay=torch.tensor([-0.03, -0.02, -0.01], device=device))
+@pytest.mark.parametrize("mode", ["halo", "two-pass"])
+def test_without_a_defect_nothing_is_caught(schedules, multiprocessors, mode, defect_inputs):
     with schedules.forced_plan(mode, 3):
-        assert_right("triton", inputs)
-        schedules._schedules.clear()
+        assert_right("triton", defect_inputs)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("mode", "defect"), DEFECTS, ids=[d.__name__ for _, d in DEFECTS])
+def test_a_planted_defect_is_caught(
+    schedules, multiprocessors, monkeypatch, mode, defect, defect_inputs
+):
+    with schedules.forced_plan(mode, 3):
         defect(monkeypatch, schedules)
         with pytest.raises(AssertionError, match="its budget"):
-            assert_right("triton", inputs)
+            assert_right("triton", defect_inputs)
 
 
 LONG_STRIDE = """
