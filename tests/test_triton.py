@@ -13,6 +13,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -509,12 +510,20 @@ def compile_all(table, compiled):
 
 
 def print_row(name, kind, dim, kernel):
-    usage = re.search(
-        r"REG:(\d+) STACK:(\d+)", disassembled(kernel, "cuobjdump", "--dump-resource-usage")
-    )
     row = {"kernel": name, "kind": kind, "dim": dim, "shared": kernel.metadata.shared}
-    row |= {"registers": int(usage[1]), "stack": int(usage[2]), "spills": spills_of_loops(kernel)}
-    print(json.dumps(row), flush=True)
+    print(json.dumps(row | resources(kernel)), flush=True)
+
+
+@cache
+def resources(kernel):
+    """Registers, stack and spills of a kernel, which serves several kinds of calls.
+
+    Code without local memory can't access it, and to disassemble it takes longer than to compile.
+    """
+    usage = disassembled(kernel, "cuobjdump", "--dump-resource-usage")
+    numbers = {n: int(re.search(rf"\b{n}:(\d+)", usage)[1]) for n in ("REG", "STACK", "LOCAL")}
+    spills = spills_of_loops(kernel) if numbers["STACK"] or numbers["LOCAL"] else []
+    return {"registers": numbers["REG"], "stack": numbers["STACK"], "spills": spills}
 
 
 if __name__ == "__main__":
