@@ -12,7 +12,7 @@ from distributed_mutations import mutated
 from attnlab.distributed import halo, lasp, moe, ring, routing
 from attnlab.distributed.comm import Group, Ledger, Pending, check_agreement
 from attnlab.distributed.mesh import Layout, Meshes
-from attnlab.distributed.pack import PackPlan
+from attnlab.distributed.pack import PackPlan, Span
 from attnlab.distributed.timing import VirtualTime
 from attnlab.model.moe import balancing_loss
 
@@ -246,6 +246,17 @@ def run_moe(rank, size, jobs, mutation=None):
             grads = torch.autograd.grad(loss, leaves)
             results.append((output.detach(), *grads, (ep.rank, etp.rank), ledger.events))
     return results
+
+
+def run_kept(rank, size, jobs):
+    """Which slots of this rank have room, for each job: (tokens, router, plan, capacity factor)."""
+    group, found = Group(dist.group.WORLD), []
+    for x, router, plan, factor in jobs:
+        whole = [plan.places(r, Span(0, plan.local_len(r))) for r in range(size)]
+        own = plan.shard(x, rank)
+        chosen, _ = routing.route(own, router, 2, group, capacity_factor=factor, runs=whole)
+        found.append(chosen.kept)
+    return found
 
 
 def run_clock(rank, size, layout, num_tokens, num_groups, rates):

@@ -17,15 +17,13 @@ from attnlab.distributed.trainer import ParallelTrainer
 from attnlab.model.hybrid import HybridLM
 
 
-def run_training(rank, size, config, layout, packs, steps, mutation=None):
+def run_training(
+    rank, size, config, layout, packs, steps, mutation=None, sharding=PackPlan.contiguous
+):
     """Losses and gradient norms of a few steps, and the parameters behind them, gathered."""
     with mutated(mutation):
-        return train_for(size, config, layout, packs, steps)
-
-
-def train_for(size, config, layout, packs, steps):
-    model, optimizer = start_training(size, config, layout)
-    log = [train_step(model, optimizer, packs) for _ in range(steps)]
+        model, optimizer = start_training(size, config, layout)
+        log = [train_step(model, optimizer, packs, sharding) for _ in range(steps)]
     return log, gather_state(model)
 
 
@@ -38,14 +36,14 @@ def start_training(size, config, layout):
     return model, adamw(model)
 
 
-def train_step(model, optimizer, packs):
+def train_step(model, optimizer, packs, sharding=PackPlan.contiguous):
     """Loss and gradient norm of one step over all packs."""
     meshes = model.context.meshes
     dp, cp = meshes.group("dp"), meshes.group("cp")
     num_targets = sum(int((targets >= 0).sum()) for _, targets, _ in packs)
     total = torch.zeros((), dtype=torch.float64)
     for ids, targets, cu in packs[dp.rank :: dp.size]:
-        plan = PackPlan.contiguous(cu, cp.size)
+        plan = sharding(cu, cp.size)
         share = int((targets >= 0).sum()) / num_targets
         local = plan.shard(ids, cp.rank, 1), plan.shard(targets, cp.rank)
         total += model.backward(*local, plan, num_targets=num_targets, share=share)

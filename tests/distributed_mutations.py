@@ -151,9 +151,8 @@ def _splits_swapped():
 def _drops_by_group():
     original = routing._kept
 
-    def kept(experts, table, rank, factor):
-        halves = experts.tensor_split(2)
-        return torch.cat([original(half, table // 2, rank, factor) for half in halves])
+    def kept(slots, table, *rest):
+        return torch.cat([original(half, table // 2, *rest) for half in slots.tensor_split(2)])
 
     return [mock.patch.object(routing, "_kept", kept)]
 

@@ -85,9 +85,9 @@ def alone(config, steps=STEPS):
     return log, dict(model.named_parameters())
 
 
-def check(world, config, layout):
+def check(world, config, layout, **flags):
     log, parameters = alone(config)
-    for found, state in world.call(run_training, config, layout, packs(), STEPS):
+    for found, state in world.call(run_training, config, layout, packs(), STEPS, **flags):
         for numbers, wanted in zip(found, log, strict=True):
             assert numbers == pytest.approx(wanted, rel=TOLERANCE)
         assert set(state) == set(parameters)
@@ -104,6 +104,12 @@ def test_options_of_the_model_work_on_ranks(worlds):
     config = small(conv_width=3, qk_norm=True, log_length_scale=True, capacity_factor=0.8)
     check(worlds(2), config, {"cp": 2, "ep": 2})
     check(worlds(2), config, {"tp": 2, "etp": 2})
+
+
+@pytest.mark.parametrize("layout", [{"cp": 2}, {"cp": 2, "tp": 2, "ep": 4}], ids=str)
+def test_zigzag_drops_the_slots_that_one_process_drops(worlds, layout):
+    size = layout["cp"] * layout.get("tp", 1)
+    check(worlds(size), small(capacity_factor=0.6), layout, sharding=PackPlan.zigzag)
 
 
 @pytest.mark.distributed_full

@@ -1,15 +1,17 @@
 """Experts over ranks against a loop over experts in one process; messages; virtual time."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed_cases import largest, run_clock, run_moe
+from distributed_cases import largest, plans, run_clock, run_kept, run_moe
 from distributed_mutations import MOE_MUTATIONS
 from distributed_world import RankFailed
 
 from attnlab.distributed.comm import Group
 from attnlab.distributed.moe import ExpertShard, mix_experts, shard_experts
+from attnlab.distributed.pack import PackPlan, Span
 from attnlab.distributed.routing import Routing, route
 from attnlab.distributed.streams import makespan, moe_backward_schedule
 from attnlab.distributed.volumes import dispatch_bytes, expert_gather_bytes
@@ -133,6 +135,31 @@ def test_all_factorisations_and_numbers_of_groups_are_those_of_one_process(world
     check(worlds(size), jobs_for(size, [1, 2, 3, 4]))
 
 
+def room_left(x, router, factor):
+    """Which slots have room, counted one by one in the order of the tokens."""
+    experts = (x @ router.T).topk(CHOSEN, dim=-1).indices
+    capacity, counts = -int(-(x.shape[0] * CHOSEN * factor) // EXPERTS), [0] * EXPERTS
+    kept = torch.zeros_like(experts, dtype=torch.bool)
+    for n, slot in itertools.product(range(x.shape[0]), range(CHOSEN)):
+        expert = int(experts[n, slot])
+        kept[n, slot] = counts[expert] < capacity
+        counts[expert] += 1
+    return kept
+
+
+def test_drops_follow_the_order_of_the_tokens_whatever_ranks_they_lie_on(worlds):
+    found = [
+        plan for name in ("over many ranks", "long and tiny") for plan in plans(name, 4).values()
+    ]
+    found.append(PackPlan((0, 9, 33), (0, 4, 4, 11, 20, 26, 33), (2, 0, 3, 2, 0, 2), 4))
+    jobs = [(*tensors_for(plan.num_tokens)[:2], plan, 0.6) for plan in found]
+    answers = worlds(4).call(run_kept, jobs)
+    for number, (x, router, plan, factor) in enumerate(jobs):
+        wanted = room_left(x, router, factor)
+        assert torch.equal(plan.join([kept[number] for kept in answers]), wanted), plan
+        assert 0 < wanted.sum() < wanted.numel()
+
+
 @pytest.mark.parametrize("num_groups", [1, 2, 3])
 def test_rows_and_counts_move_as_the_formulas_say(worlds, num_groups):
     layout, tokens = {"dp": 4, "ep": 2, "etp": 2}, 32
@@ -251,6 +278,9 @@ def test_what_does_not_divide_is_refused_with_words():
     with pytest.raises(ValueError, match="a width that etp 3 divides, got 8"):
         shard_experts(gate_up, down, one, three)
     empty = Routing(*(torch.zeros(0, 2) for _ in range(3)))
+    for runs, words in (([], "runs of 1 ranks, got 0"), ([[Span(0, 3)]], "this rank's 4 tokens")):
+        with pytest.raises(ValueError, match=words):
+            route(torch.zeros(4, 6), torch.zeros(8, 6), 2, Group(None), runs=runs)
     with pytest.raises(ValueError, match="at least one group"):
         mix_experts(
             torch.zeros(0, 6),

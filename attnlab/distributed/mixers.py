@@ -21,7 +21,7 @@ from attnlab.distributed.halo import short_convolution
 from attnlab.distributed.lasp import lasp_attention
 from attnlab.distributed.mesh import Meshes
 from attnlab.distributed.overlap import begin
-from attnlab.distributed.pack import PackPlan
+from attnlab.distributed.pack import PackPlan, Span
 from attnlab.distributed.ring import ring_attention
 from attnlab.model.attention import Angles, LightningMixer, SoftmaxMixer
 from attnlab.model.convolution import ShortConvolution
@@ -56,8 +56,21 @@ class Context:
 
     def token_counts(self) -> list[int]:
         """Tokens of each rank of this tp group."""
-        tokens, tp = self.plan.local_len(self.group("cp").rank), self.group("tp").size
+        return self._token_counts(self.group("cp").rank)
+
+    def _token_counts(self, cp_rank: int) -> list[int]:
+        tokens, tp = self.plan.local_len(cp_rank), self.group("tp").size
         return [tokens // tp + (rank < tokens % tp) for rank in range(tp)]
+
+    def runs(self) -> list[list[Span]]:
+        """Spans of the pack that each rank of the pack's group has, in the order of its tokens."""
+        found = []
+        for cp_rank in range(self.group("cp").size):
+            stop = 0
+            for count in self._token_counts(cp_rank):
+                start, stop = stop, stop + count
+                found.append(self.plan.places(cp_rank, Span(start, stop)))
+        return found
 
     def own_tokens(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of a tensor of its cp rank's tokens."""

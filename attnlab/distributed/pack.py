@@ -153,6 +153,15 @@ class PackPlan:
         shift = self._offsets[chunk] - self.bounds[chunk]
         return Span(span.start + shift, span.stop + shift)
 
+    def places(self, rank: int, local: Span) -> list[Span]:
+        """Spans of the pack that tokens of a rank are, in their order, none empty."""
+        found = []
+        for chunk in self.chunks(rank):
+            lo, hi = self.span(chunk)
+            shift = self.bounds[chunk] - self._offsets[chunk]
+            found.append(Span(max(lo, local.start + shift), min(hi, local.stop + shift)))
+        return [span for span in found if span.length > 0]
+
     def document_start(self, token: int) -> int:
         """First token of the document that a token belongs to."""
         return self.cu_seqlens[bisect_right(self.cu_seqlens, token) - 1]

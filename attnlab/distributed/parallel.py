@@ -66,7 +66,10 @@ class ContextMixture(nn.Module):
         x = hidden[0]
         factor = self.capacity_factor if self.training else None
         group = self.context.group("pack")
-        routing, load = route(x, self.gate.weight, self.num_chosen, group, capacity_factor=factor)
+        runs = None if factor is None else self.context.runs()  # a matter of drops alone
+        routing, load = route(
+            x, self.gate.weight, self.num_chosen, group, capacity_factor=factor, runs=runs
+        )
         return self.experts(x, routing)[None], load if self.training else None
 
 
