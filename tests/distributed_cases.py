@@ -10,7 +10,7 @@ import torch.distributed as dist
 from distributed_mutations import mutated
 
 from attnlab.distributed import halo, lasp, moe, ring, routing
-from attnlab.distributed.comm import Group, Ledger, Pending, check_agreement
+from attnlab.distributed.comm import Event, Group, Ledger, Pending, check_agreement
 from attnlab.distributed.mesh import Layout, Meshes
 from attnlab.distributed.pack import PackPlan, Span
 from attnlab.distributed.timing import VirtualTime
@@ -76,6 +76,11 @@ def world(size: int) -> tuple[Group, Ledger]:
     return Group(dist.group.WORLD, name="cp", ledger=ledger), ledger
 
 
+def moved(ledger: Ledger) -> list[Event]:
+    """What was sent but for the check of the plan, which each new group makes once."""
+    return [e for e in ledger.events if e.op != "check"]
+
+
 def run_failing(rank, size, how):
     """Rank 1 raises, ends or never answers, while the others wait for it in a collective."""
     if rank == 1 and how == "raises":
@@ -108,7 +113,7 @@ def run_lasp(rank, size, jobs, mutation=None):
             leaves = [x.clone().requires_grad_() for x in local[:3]]
             output = lasp.lasp_attention(*leaves, log_decay, plan, group, **flags)
             grads = differentiate(output, leaves, local[3])
-            results.append((output.detach(), *grads, ledger.events))
+            results.append((output.detach(), *grads, moved(ledger)))
     return results
 
 
@@ -170,7 +175,7 @@ def run_ring(rank, size, jobs, mutation=None):
             leaves = [x.clone().requires_grad_() for x in local[:3]]
             output = ring.ring_attention(*leaves, plan, group, **flags)
             grads = differentiate(output, leaves, local[3])
-            results.append((output.detach(), *grads, ledger.events))
+            results.append((output.detach(), *grads, moved(ledger)))
     return results
 
 
@@ -182,7 +187,7 @@ def run_convolution(rank, size, jobs):
         leaves = [plan.shard(x, rank).requires_grad_(), weight.clone().requires_grad_()]
         output = halo.short_convolution(*leaves, plan, group)
         grads = differentiate(output, leaves, plan.shard(grad, rank))
-        results.append((output.detach(), *grads, ledger.events))
+        results.append((output.detach(), *grads, moved(ledger)))
     return results
 
 
@@ -190,10 +195,41 @@ def run_agreement(rank, size, plans_by_rank):
     """The error of this rank where plans differ."""
     group, _ = world(size)
     try:
-        check_agreement(group, plans_by_rank[rank].fingerprint(), "cu_seqlens")
+        check_agreement(group, plans_by_rank[rank].fingerprint, "cu_seqlens")
     except ValueError as error:
         return str(error)
     return None
+
+
+def _lasp(x, plan, group):
+    return lasp.lasp_attention(x, x, x, -torch.ones(1, dtype=x.dtype), plan, group)
+
+
+def _ring(x, plan, group):
+    return ring.ring_attention(x, x, x, plan, group)
+
+
+def _convolution(x, plan, group):
+    return halo.short_convolution(x[0, 0], torch.ones(2, 3, dtype=x.dtype), plan, group)
+
+
+OPS = {"lasp": _lasp, "ring": _ring, "convolution": _convolution}
+
+
+def run_op(rank, size, op, plans_by_rank):
+    """For each plan of this rank, one after the other: the error, or the sum of the op's output.
+
+    The group's checks come last.
+    """
+    group, ledger = world(size)
+    found = []
+    for plan in plans_by_rank[rank]:
+        x = torch.ones(1, 1, plan.local_len(rank), 2, dtype=torch.float64)
+        try:
+            found.append(OPS[op](x, plan, group).sum().item())
+        except ValueError as error:
+            found.append(str(error))
+    return found, sum(e.op == "check" for e in ledger.events)
 
 
 def run_mesh(rank, size, flags):

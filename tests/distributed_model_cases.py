@@ -95,7 +95,11 @@ def run_wrong_resume(rank, size, config, layout, folder):
 
 
 def run_trainer(rank, size, config, layout, packs, dtype, zigzag):
-    """Losses and norms of two steps in float32 masters, or the error of this rank."""
+    """Losses and norms of two steps in float32 masters, or the error of this rank.
+
+    `packs` are all ranks', or a list of each rank's.
+    """
+    packs = packs[rank] if isinstance(packs[0], list) else packs
     torch.manual_seed(0)
     lm = HybridLM(config, dtype=torch.float32).use_backend(lightning="torch")
     meshes = Meshes(Layout(world_size=size, **layout), "cpu")
@@ -104,6 +108,23 @@ def run_trainer(rank, size, config, layout, packs, dtype, zigzag):
         return [[x.item() for x in trainer.step(packs, learning_rate=1e-3)] for _ in range(2)]
     except ValueError as error:
         return str(error)
+
+
+def run_losses(rank, size, config, layout, packs_by_rank, zigzag=False):
+    """Sums of this rank's token losses of each of its packs, one after the other, or the error."""
+    meshes = Meshes(Layout(world_size=size, **layout), "cpu")
+    torch.manual_seed(0)
+    lm = HybridLM(config, dtype=torch.float32).use_backend(lightning="torch")
+    own = zigzag[rank] if isinstance(zigzag, list) else zigzag
+    trainer, found = ParallelTrainer(lm, meshes, zigzag=own), []
+    trainer.model.eval()
+    for pack in packs_by_rank[rank]:
+        try:
+            losses, _, _ = trainer.losses(pack)
+            found.append(losses.sum().item())
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 EPSILON = 1e-3  # large: AdamW makes a full step of a gradient that is but a rounding

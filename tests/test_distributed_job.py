@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_model_cases import run_trainer
+from distributed_model_cases import run_losses, run_trainer
 from test_distributed_model import packs, small
 
 from attnlab.distributed.checkpoint import list_sharded
@@ -60,6 +60,35 @@ def test_packs_that_do_not_fit_are_refused_on_all_ranks(worlds):
     ]
     words = worlds(2).call(run_trainer, small(), {"cp": 2}, short, torch.float32, False)
     assert words == ["expected at least 2 tokens, one for each of the ranks, got 1"] * 2
+
+
+DIFFER = "expected the same cu_seqlens and zigzag on all ranks of world, got others on ranks [{}]"
+
+
+def test_losses_of_packs_with_other_bounds_are_refused_on_all_ranks(worlds):
+    one, other = data()
+    first, second = worlds(2).call(run_losses, small(), {"cp": 2}, [[one, one], [other, one]])
+    assert first[0] == second[0] == DIFFER.format(1)
+    assert first[1] > 0 < second[1]
+    words = worlds(2).call(run_losses, small(), {"cp": 2}, [[one]] * 2, [False, True])
+    assert words == [[DIFFER.format(1)]] * 2
+
+
+def test_losses_of_packs_that_are_the_same_within_replicas_alone_are_computed(worlds):
+    one, other = data()
+    layout, mixed = {"dp": 2, "cp": 2}, [[one, one], [one, one], [other, one], [other, other]]
+    answers = worlds(4).call(run_losses, small(), layout, mixed)
+    assert all(found[0] > 0 for found in answers)
+    assert [found[1] for found in answers] == [DIFFER.format(3)] * 4
+
+
+def test_steps_on_packs_with_other_bounds_or_fewer_of_them_are_refused_on_all_ranks(worlds):
+    one, other = data()
+    for packs_ in ([other, one], [one]):
+        answers = worlds(2).call(
+            run_trainer, small(), {"dp": 2}, [[one, other], packs_], torch.float32, False
+        )
+        assert answers == [DIFFER.format(1)] * 2
 
 
 def torchrun(*arguments):

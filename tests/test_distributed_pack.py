@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 from distributed_cases import (
+    OPS,
     PACKS,
     plans,
     run_agreement,
     run_convolution,
     run_mesh,
+    run_op,
     simulated_weights,
 )
 
@@ -151,6 +153,35 @@ def test_ranks_with_other_documents_all_raise_the_same_error(worlds):
     assert worlds(2).call(run_agreement, [same, same]) == [None, None]
     first, second = worlds(2).call(run_agreement, [same, other])
     assert first == second and "the same cu_seqlens on all ranks" in first
+
+
+SAME = PackPlan.contiguous((0, 5, 9), 2)
+OTHERS = {
+    "other documents": PackPlan.contiguous((0, 6, 9), 2),
+    "nothing to send": PackPlan.contiguous((0, 4, 9), 2),
+    "other chunks": PackPlan.contiguous_with((0, 5, 9), [3, 6]),
+    "zigzag": PackPlan.zigzag((0, 5, 9), 2),
+    "another length": PackPlan.contiguous((0, 5, 12), 2),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_refuses_a_plan_that_one_rank_has_alone_on_all_ranks(worlds, op, other):
+    answers = worlds(2).call(run_op, op, [[SAME, SAME, other], [other, SAME, other]])
+    words = "expected the same cu_seqlens and chunks on all ranks of cp, got others on ranks [1]"
+    for (first, *rest), checks in answers:
+        assert first == words and checks == 3
+        assert all(isinstance(found, float) for found in rest)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ranks_check_a_plan_once(worlds, op):
+    again = PackPlan.contiguous(SAME.cu_seqlens, 2)
+    for found, checks in worlds(2).call(run_op, op, [[SAME, SAME, again, SAME]] * 2):
+        assert checks == 1 and len(set(found)) == 1
+    for _, checks in worlds(1).call(run_op, op, [[PackPlan.contiguous((0, 5), 1)]]):
+        assert checks == 0
 
 
 def test_both_views_number_the_same_ranks_inner_axis_first(worlds):

@@ -17,10 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attnlab.checks import expect
+from attnlab.distributed.pack import PackPlan
 
 # torch 2.13 renamed two collectives.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_MAX_AGREED = 4096  # plans that a group remembers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,7 @@ class Group:
         self.process_group, self.name, self.ledger = process_group, name, ledger
         self.size = 1 if process_group is None else process_group.size()
         self.rank = 0 if process_group is None else process_group.rank()
+        self._agreed: set[int] = set()  # fingerprints of plans
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +146,32 @@ class Group:
         self._count("all_to_all", 1, out * row_bytes, into * row_bytes)
         return Pending([work], _keeping(rows, x))
 
+    def gather_number(self, number: int) -> list[int]:
+        """All ranks' int64, on the host: for checks, and counted as one."""
+        if self.size == 1:
+            return [number]
+        own = torch.tensor([number], device=self.device)
+        found = own.new_empty(self.size)
+        _all_gather(found, own, group=self.process_group)
+        self._count("check", 1, own.nbytes, (self.size - 1) * own.nbytes)
+        return found.tolist()
+
+    def agree_on(self, plan: PackPlan) -> None:
+        """Note that all ranks have this plan, which has to be noted on all of them."""
+        if len(self._agreed) >= _MAX_AGREED:
+            self._agreed.clear()
+        self._agreed.add(plan.fingerprint)
+
+    def check_plan(self, plan: PackPlan) -> None:
+        """Raise the same `ValueError` on all ranks unless all have this plan.
+
+        They ask each other about a plan once; so that all ask at the same time, all have to have
+        met the same plans before.
+        """
+        if plan.fingerprint not in self._agreed:
+            check_agreement(self, plan.fingerprint, "cu_seqlens and chunks")
+            self.agree_on(plan)
+
     def exchange(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> Pending:
@@ -193,14 +223,15 @@ class _SumOverRanks(torch.autograd.Function):
         return ctx.group.all_reduce(grad).wait(), None
 
 
-def check_agreement(group: Group, value: object, what: str) -> None:
-    """Raise the same `ValueError` on all ranks unless `value` prints the same on all of them."""
+def check_agreement(group: Group, value: object, what: str, *, parts: int = 1) -> None:
+    """Raise the same `ValueError` on all ranks unless `value` prints the same on all of them.
+
+    With `parts`, only the ranks of each of so many equal parts of the group have to agree.
+    """
     digest = hashlib.sha256(repr(value).encode()).digest()
-    number = int.from_bytes(digest[:8], "little") >> 1  # an int64 that is not negative
-    numbers = (
-        group.all_gather(torch.tensor([number], device=group.device)).wait().flatten().tolist()
-    )
-    odd = [rank for rank, other in enumerate(numbers) if other != numbers[0]]
+    numbers = group.gather_number(int.from_bytes(digest[:8], "little") >> 1)  # not negative
+    each = group.size // parts
+    odd = [rank for rank, x in enumerate(numbers) if x != numbers[rank // each * each]]
     expect(not odd, f"the same {what} on all ranks of {group.name}", f"others on ranks {odd[:8]}")
 
 

@@ -24,8 +24,10 @@ def short_convolution(x: Tensor, weight: Tensor, plan: PackPlan, group: Group) -
     `x` `[L, D]` are this rank's tokens, `weight` `[D, w]` is the same on all ranks.
 
     Raises:
-        ValueError: for another number of tokens than the plan gives this rank.
+        ValueError: for another number of tokens than the plan gives this rank; on all ranks, if
+            their plans differ.
     """
+    group.check_plan(plan)
     tokens = plan.local_len(group.rank)
     expect(x.ndim == 2 and x.shape[0] == tokens, f"[{tokens}, D] of this rank", list(x.shape))
     gap = weight.shape[1] - 1

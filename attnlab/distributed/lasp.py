@@ -63,7 +63,7 @@ def lasp_attention(
 
     Raises:
         ValueError: for tensors that are not the plan's, a group of another size, or a log_decay
-            that requires a gradient.
+            that requires a gradient; on all ranks, if their plans differ.
     """
     _check(query, log_decay, plan, group, method)
     inputs = query, key, value, log_decay
@@ -232,6 +232,7 @@ def _add_past(
 
 
 def _check(query: Tensor, log_decay: Tensor, plan: PackPlan, group: Group, method: str) -> None:
+    group.check_plan(plan)
     expect(method in METHODS, f"a method among {', '.join(METHODS)}", repr(method))
     expect(group.size == plan.world_size, f"a group of {plan.world_size} ranks", group.size)
     tokens = plan.local_len(group.rank)

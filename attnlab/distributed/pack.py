@@ -312,6 +312,7 @@ class PackPlan:
         first = span.start - self.document_start(span.start) + 1
         return span.length * first + span.length * (span.length - 1) // 2
 
+    @cached_property
     def fingerprint(self) -> int:
         """A number that differs between different plans, below 2^63."""
         digest = hashlib.sha256(repr(self).encode()).digest()

@@ -46,8 +46,10 @@ def ring_attention(
         kernel: of a block, see `attnlab.distributed.blocks`.
 
     Raises:
-        ValueError: for tensors that are not the plan's, or a group of another size.
+        ValueError: for tensors that are not the plan's, or a group of another size; on all ranks,
+            if their plans differ.
     """
+    group.check_plan(plan)
     expect(group.size == plan.world_size, f"a group of {plan.world_size} ranks", group.size)
     tokens = plan.local_len(group.rank)
     for name, x in (("query", query), ("key", key), ("value", value)):

@@ -98,9 +98,10 @@ class ParallelTrainer:
             ValueError: as `step`.
         """
         dp, cp, world = (self.meshes.group(axis) for axis in ("dp", "cp", "world"))
+        told = self.zigzag, [_bounds(pack) for pack in packs]
+        check_agreement(world, told, "cu_seqlens and zigzag")
         expect(len(packs) % dp.size == 0, f"packs in a multiple of dp {dp.size}", len(packs))
         plans = [self._plan(pack) for pack in packs]
-        check_agreement(world, [plan.fingerprint() for plan in plans], "cu_seqlens")
         num_targets = sum(pack.num_targets for pack in packs)
         self.model.lm.linear_multiplier = multiplier
         total = torch.zeros((), device=self.device)
@@ -118,9 +119,16 @@ class ParallelTrainer:
         """Losses of this rank's tokens of a pack, their targets, and their places in their documents.
 
         All are `[l]`; a loss is 0 where a target doesn't count. The model is left in the mode in
-        which it was.
+        which it was. Replicas may have packs of their own.
+
+        Raises:
+            ValueError: on all ranks, if the bounds differ between ranks of a replica, or a pack is
+                shorter than the cp ranks.
         """
-        cp, plan = self.meshes.group("cp"), self._plan(pack)
+        cp, world = self.meshes.group("cp"), self.meshes.group("world")
+        told = self.zigzag, _bounds(pack)
+        check_agreement(world, told, "cu_seqlens and zigzag", parts=self.meshes.layout.dp)
+        plan = self._plan(pack)
         logits, _ = self.model(plan.shard(pack.input_ids, cp.rank, 1).to(self.device), plan)
         # FSDP keeps the outermost weights whole for a backward, which doesn't come here.
         assert isinstance(self.model, FSDPModule)
@@ -147,9 +155,11 @@ class ParallelTrainer:
         export_model(self.model, folder, dtype=self.dtype)
 
     def _plan(self, pack: PackedTokens) -> PackPlan:
-        bounds = remembered(pack.cu_seqlens, values_of)
+        """The plan of a pack whose bounds all ranks of a replica have agreed on."""
         make = PackPlan.zigzag if self.zigzag else PackPlan.contiguous
-        return make(bounds, self.meshes.layout.cp)
+        plan = make(_bounds(pack), self.meshes.layout.cp)
+        self.meshes.group("cp").agree_on(plan)
+        return plan
 
     def _update(self, learning_rate: float) -> Tensor:
         norm = gradient_norm(self.model)
@@ -163,6 +173,10 @@ class ParallelTrainer:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+
+def _bounds(pack: PackedTokens) -> tuple[int, ...]:
+    return remembered(pack.cu_seqlens, values_of)
 
 
 def _groups(model: ParallelLM, weight_decay: float) -> list[dict]:
