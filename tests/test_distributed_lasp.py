@@ -100,7 +100,7 @@ def test_chunks_may_lie_on_any_ranks(worlds):
             assert worst(plan, rank, results[:4], oracle(plan, tensors_for(plan))) < TOLERANCE
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_gather_moves_what_its_formula_says(worlds, size):
     found, answers = check(worlds(size), ["one document", "over many ranks"], backend="torch")
     for number, plan in enumerate(found):
@@ -109,6 +109,7 @@ def test_a_gather_moves_what_its_formula_says(worlds, size):
             events = results[number][4]
             assert [e.op for e in events] == ["all_gather"] * 2
             assert [e.received_bytes for e in events] == [expected] * 2
+            assert events == answers[0][number][4]  # the same on every rank
 
 
 def test_a_chain_sends_a_state_across_every_edge_each_way(worlds):

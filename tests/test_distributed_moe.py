@@ -14,7 +14,7 @@ from attnlab.distributed.moe import ExpertShard, mix_experts, shard_experts
 from attnlab.distributed.pack import PackPlan, Span
 from attnlab.distributed.routing import Routing, route
 from attnlab.distributed.streams import makespan, moe_backward_schedule
-from attnlab.distributed.volumes import dispatch_bytes, expert_gather_bytes
+from attnlab.distributed.volumes import dispatch_bytes, expert_count_bytes, expert_gather_bytes
 
 EXPERTS, CHOSEN, HIDDEN, WIDTH = 24, 2, 6, 24  # what all numbers of ranks divide
 TOLERANCE = 1e-12  # sums of float64 in another order
@@ -156,26 +156,44 @@ def test_drops_follow_the_order_of_the_tokens_whatever_ranks_they_lie_on(worlds)
         assert 0 < wanted.sum() < wanted.numel()
 
 
+def rows_by_group(experts, lengths, num_groups):
+    """Rows `[G, 4, 2]` of each rank of ep 2 x etp 2 for the two halves of the experts, by brute force."""
+    rows = torch.zeros(num_groups, 4, 2, dtype=torch.int64)
+    for rank, own in enumerate(experts.split(lengths)):
+        for group, part in enumerate(own.tensor_split(num_groups)):
+            for expert in part.flatten().tolist():
+                rows[group, rank, expert // (EXPERTS // 2)] += 1
+    return rows
+
+
+@pytest.mark.parametrize("lengths", [[8] * 4, lengths_for(4, 32)], ids=str)
 @pytest.mark.parametrize("num_groups", [1, 2, 3])
-def test_rows_and_counts_move_as_the_formulas_say(worlds, num_groups):
+def test_rows_and_counts_move_as_the_formulas_say(worlds, num_groups, lengths):
     layout, tokens = {"dp": 4, "ep": 2, "etp": 2}, 32
-    job = tensors_for(tokens), [8] * 4, layout, num_groups, None
+    job = tensors_for(tokens), lengths, layout, num_groups, None
     answers = check(worlds(4), [job])
-    events = [e for (results,) in answers for e in results[6] if e != "backward"]
     experts = (job[0][0] @ job[0][1].T).topk(CHOSEN, dim=-1).indices
-    home = experts // (EXPERTS // 2)  # ep rank of each slot's expert
-    away = int((home != (torch.arange(tokens) // 8 // 2 % 2)[:, None]).sum())
-    count_bytes = num_groups * EXPERTS // 2 * 8
-    sent = [e for e in events if e.op == "all_to_all"]
-    # Forward D and Y, backward the same, and the counts once.
-    assert sum(e.received_bytes for e in sent) == 4 * away * ROW_BYTES + 4 * count_bytes
-    assert len(sent) == 4 * (4 * num_groups + 1)
-    gathered = [e for e in events if e.op == "all_gather" and e.group == "etp"]
-    assert len(gathered) == 4 * (2 * num_groups + 1)
-    scattered = [e for e in events if e.op == "reduce_scatter"]
-    assert len(scattered) == 4 * 2 * num_groups
-    router = [e for e in events if e.group == "world"]
-    assert sum(e.received_bytes for e in router if e.op == "all_gather") == 4 * 3 * EXPERTS * 8
+    rows = rows_by_group(experts, lengths, num_groups)
+    over_ep, over_etp = expert_count_bytes(EXPERTS, num_groups, 2, 2)
+    for rank, (results,) in enumerate(answers):
+        ep, etp = divmod(rank, 2)
+        events = [e for e in results[6] if e != "backward"]
+        found = {
+            op: [e.received_bytes for e in events if (e.op, e.group) == op]
+            for op in (("all_to_all", "ep"), ("all_gather", "etp"), ("reduce_scatter", "etp"))
+        }
+        # From the other rank of ep forward D and backward Y, from this one's other half D's and Y's.
+        away = int(rows[:, 2 * (1 - ep) + etp, ep].sum() + rows[:, rank, 1 - ep].sum())
+        assert sum(found["all_to_all", "ep"]) == 2 * away * ROW_BYTES + over_ep
+        assert len(found["all_to_all", "ep"]) == 4 * num_groups + 1
+        # Rows of this half of the experts at each rank of etp; the one that has most counts.
+        most = (rows[:, 0:2, ep] + rows[:, 2:4, ep]).amax(1).tolist()
+        shared = [expert_gather_bytes(n, HIDDEN, 8, 2) for n in most]
+        first, *gathered = found["all_gather", "etp"]
+        assert first == over_etp
+        assert sorted(gathered) == sorted(found["reduce_scatter", "etp"]) == sorted(2 * shared)
+        router = [e.received_bytes for e in events if (e.op, e.group) == ("all_gather", "world")]
+        assert router == [3 * EXPERTS * 8]
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -17,6 +17,7 @@ from distributed_cases import (
 
 from attnlab.distributed.mesh import Layout
 from attnlab.distributed.pack import PackPlan, pad_to_block
+from attnlab.distributed.volumes import halo_bytes
 
 CASES = [*itertools.product(PACKS, [1, 2, 3, 8])]
 
@@ -203,6 +204,23 @@ def convolved(x, weight, cu):
     return torch.stack(rows)
 
 
+def check_halo_bytes(plan, gap, events_by_rank):
+    """One exchange each way, of the tokens that some chunk's taps reach on another rank."""
+    home = {t: r for r in range(plan.world_size) for t in plan.positions(r).tolist()}
+    rows = torch.zeros(plan.world_size, plan.world_size, dtype=torch.int64)  # [to, from]
+    for chunk, rank in enumerate(plan.owners):
+        lo, hi = plan.span(chunk)
+        taps = {t - n for t in range(lo, hi) for n in range(gap + 1)}
+        for t in taps & set(range(plan.document_start(lo) if lo < hi else lo, lo)):
+            rows[rank, home[t]] += 1
+    rows.fill_diagonal_(0)
+    exchanges = plan.world_size > 1 and any(map(plan.continues, range(plan.num_chunks)))
+    for rank, events in enumerate(events_by_rank):
+        moved = [halo_bytes(int(x.sum()), 3, 8) for x in (rows[rank], rows[:, rank])]
+        assert [e.op for e in events] == ["all_to_all"] * (2 * exchanges)
+        assert [e.received_bytes for e in events] == moved * exchanges
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_convolution_reaches_across_ranks(worlds, size):
     generator = torch.Generator().manual_seed(0)
@@ -224,6 +242,7 @@ def test_the_convolution_reaches_across_ranks(worlds, size):
         output = convolved(*leaves, plan.cu_seqlens)
         wanted = torch.autograd.grad(output, leaves, grad)
         parts = [results[number] for results in answers]
+        check_halo_bytes(plan, weight.shape[1] - 1, [p[3] for p in parts])
         close = {"rtol": 0, "atol": 1e-12}  # sums of float64 in another order
         torch.testing.assert_close(plan.join([p[0] for p in parts]), output.detach(), **close)
         torch.testing.assert_close(plan.join([p[1] for p in parts]), wanted[0], **close)

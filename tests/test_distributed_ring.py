@@ -9,7 +9,12 @@ from attnlab.distributed.blocks import KernelBlock, TorchBlock, merge
 from attnlab.distributed.comm import Group
 from attnlab.distributed.pack import PackPlan
 from attnlab.distributed.ring import ring_attention
-from attnlab.distributed.volumes import key_value_bytes, ring_bytes, ring_messages
+from attnlab.distributed.volumes import (
+    key_value_bytes,
+    ring_bytes,
+    ring_messages,
+    uneven_ring_bytes,
+)
 from attnlab.functional import softmax_attention_varlen
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 4, 2, 4, 6
@@ -87,6 +92,27 @@ def test_the_ring_sends_what_its_formula_says(worlds, cu, hops):
     expected = oracle(plan, tensors_for(plan))
     for rank, (results,) in enumerate(answers):
         assert worst(plan, rank, results[:4], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_shares_of_any_lengths_move_what_the_formula_says(worlds, size):
+    found, answers = check(worlds(size), ["one document", "over many ranks", "long and tiny"])
+    token = key_value_bytes(1, KV_HEADS, KEY_DIM, VALUE_DIM, 8)
+    for number, plan in enumerate(found):
+        lengths = [plan.local_len(rank) for rank in range(size)]
+        for rank, results in enumerate(answers):
+            received = sum(e.received_bytes for e in results[number][4])
+            assert received == uneven_ring_bytes(lengths, rank, plan.hops, token, token)
+    assert {len(plan.owners) for plan in found} == {size, 2 * size}
+
+
+@pytest.mark.parametrize("plan", [PackPlan.contiguous((0, 3, 48), 4), PackPlan.zigzag((0, 48), 4)])
+def test_all_ranks_send_the_same_around_the_ring(worlds, plan):
+    orders = [
+        results[4] for (results,) in worlds(4).call(run_ring, [(tensors_for(plan), plan, {})])
+    ]
+    assert len(orders[0]) == 3 * plan.hops + 1
+    assert all(order == orders[0] for order in orders)
 
 
 def test_documents_that_end_at_rank_edges_send_nothing(worlds):
