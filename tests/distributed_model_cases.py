@@ -4,6 +4,7 @@ import torch
 from distributed_mutations import mutated
 
 from attnlab.distributed.checkpoint import export_model, load_sharded, save_sharded
+from attnlab.distributed.comm import Ledger
 from attnlab.distributed.mesh import Layout, Meshes
 from attnlab.distributed.pack import PackPlan
 from attnlab.distributed.parallel import (
@@ -27,11 +28,11 @@ def run_training(
     return log, gather_state(model)
 
 
-def start_training(size, config, layout):
+def start_training(size, config, layout, ledger=None):
     torch.manual_seed(0)
     lm = HybridLM(config, dtype=torch.float64)
     lm.use_backend(lightning="torch")
-    meshes = Meshes(Layout(world_size=size, **layout), "cpu")
+    meshes = Meshes(Layout(world_size=size, **layout), "cpu", ledger)
     model = shard_parameters(ParallelLM(lm.train(), Context(meshes)))
     return model, adamw(model)
 
@@ -108,6 +109,14 @@ def run_trainer(rank, size, config, layout, packs, dtype, zigzag):
         return [[x.item() for x in trainer.step(packs, learning_rate=1e-3)] for _ in range(2)]
     except ValueError as error:
         return str(error)
+
+
+def run_messages(rank, size, config, layout, packs, sharding):
+    """What this rank sends and receives in one step, FSDP's messages apart."""
+    ledger = Ledger()
+    model, optimizer = start_training(size, config, layout, ledger)
+    train_step(model, optimizer, packs, sharding)
+    return ledger.events
 
 
 def run_losses(rank, size, config, layout, packs_by_rank, zigzag=False):

@@ -7,6 +7,7 @@ import torch
 from distributed_model_cases import (
     EPSILON,
     run_logits,
+    run_messages,
     run_recomputed,
     run_resumed,
     run_training,
@@ -124,6 +125,23 @@ def test_a_planted_defect_is_seen(worlds, mutation):
     found = worlds(2).call(run_training, config, layout, packs(), STEPS, mutation=mutation)
     log, _ = alone(config)
     assert found[0][0] != [pytest.approx(step, rel=1e-4) for step in log]
+
+
+@pytest.mark.parametrize("sharding", [PackPlan.contiguous, PackPlan.zigzag])
+@pytest.mark.parametrize("layout", [{"cp": 4}, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}], ids=str)
+def test_all_ranks_make_the_same_collectives_in_a_step(worlds, layout, sharding):
+    config = small(conv_width=3)
+    events = worlds(4).call(run_messages, config, layout, packs(), sharding)
+    assert {e.op for e in events[0]} >= {"all_gather", "p2p", "all_to_all", "all_reduce"}
+    for number, called in enumerate(zip(*events, strict=True)):
+        assert len({(e.op, e.group, e.messages) for e in called}) == 1, (number, called)
+        if called[0].group == "etp":  # ranks of an ep group have the same experts' rows
+            pairs = zip(called[::2], called[1::2], strict=True)
+            assert all(one == other for one, other in pairs), (number, called)
+        elif called[0].op == "all_to_all":  # rows as the router and the documents have it
+            assert sum(e.sent_bytes for e in called) == sum(e.received_bytes for e in called)
+        else:
+            assert len(set(called)) == 1, (number, called)
 
 
 def test_tied_embeddings_stay_one(worlds):
