@@ -78,10 +78,9 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
 
 OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cuh
 
-# Of the kernels for Hopper, by the larger head dim and what asks. In a forward one consumer does; a
-# backward and "high" precision are nearer to what the products take, and two consumers share their
-# copies. "cluster" is another way to share them, which nothing asks for unless it is put in "forward"'s
-# place (bench/cuda_variants.py).
+# Of the kernels for Hopper, by the larger head dim and what asks. One consumer leaves the copies waiting
+# for its products; two share them. "cluster" is another way to share copies, which nothing asks for
+# unless it is put in "forward"'s place (bench/cuda_variants.py).
 HOPPER_SCAN = {
     (64, "forward"): Tile(num_stages=6, programs_per_sm=1, consumers=2),
     (64, "backward"): Tile(num_stages=5, programs_per_sm=3, consumers=2, paired=True),

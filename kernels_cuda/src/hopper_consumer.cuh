@@ -141,9 +141,9 @@ struct Consumer {
         release(slot);
     }
 
-    // Each turn of these begins with weighted scores in shared memory, and ends with the next chunk's; with
-    // one state also with what that chunk's tokens read of it and what they will add to it. After the last
-    // chunk these are its own again, so as not to branch.
+    // What a turn begins with: weighted scores in shared memory and, with one state, what the chunk's tokens
+    // read of it and what they will add to it. Each turn ends with the next chunk's; after the last chunk
+    // these are its own again, so as not to branch.
     __device__ void begin(Left& added, const Slot& slot, float past) {
         if constexpr (KEPT) load_masks();
         wait_full(slot);
