@@ -1,4 +1,4 @@
-"""Time variants of the CUDA kernels' tunables on one GPU, a line each, for a number of seconds.
+"""Time variants of the CUDA kernels' tunables, and Triton's kernels, on one GPU, for a number of seconds.
 
     python bench/cuda_variants.py --compile   # fills the cache of compiled kernels first
     python bench/cuda_variants.py 90
@@ -23,6 +23,7 @@ from attnlab.functional import lightning_attention
 from kernels_cuda import lightning, module, tiles
 from kernels_cuda.tiles import Tile
 
+KINDS = ("forward", "backward", "high")
 SHAPES = {
     128: [
         *((1, 64, 65536), (8, 16, 8192), (1, 64, 4096), (1, 64, 512)),
@@ -36,10 +37,11 @@ SHAPES = {
 class Variant:
     name: str
     dim: int
-    kind: str  # forward, backward, high
+    kind: str  # one of KINDS
     tile: Tile | None = None
     hopper: bool = True
     promotion: int = 3  # of a box to L2: 0 none, 1 64 B, 2 128 B, 3 256 B
+    backend: str = "cuda"
 
 
 def one(stages, per_sm=1):
@@ -63,6 +65,11 @@ def paired(stages, per_sm=3, width=128):
 
 
 VARIANTS = [
+    *(
+        Variant(f"{kind} Triton", dim, kind, backend="triton")
+        for dim in (128, 64)
+        for kind in KINDS
+    ),
     Variant("fwd128 1 consumer 4 stages", 128, "forward", one(4)),
     Variant("fwd128 1 consumer 4 stages, clusters of 2", 128, "forward", cluster(4)),
     Variant("fwd128 1 consumer 3 stages, clusters of 2", 128, "forward", cluster(3)),
@@ -130,6 +137,8 @@ def forget():
 
 def compile_one(number):
     variant = VARIANTS[number]
+    if variant.backend != "cuda":
+        return None
     with applied(variant):
         tile = variant.tile or tiles.scan_tile(variant.dim, (9, 0))
         precision = "high" if variant.kind == "high" else "default"
@@ -156,7 +165,10 @@ def inputs_of(shape, dim):
 
 def call_of(variant, tensors, g):
     q, k, v, do = tensors
-    flags = {"backend": "cuda", "precision": "high" if variant.kind == "high" else "default"}
+    flags = {
+        "backend": variant.backend,
+        "precision": "high" if variant.kind == "high" else "default",
+    }
     if variant.kind != "backward":
         return lambda: lightning_attention(q, k, v, g, **flags).output
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]

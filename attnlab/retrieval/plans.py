@@ -37,6 +37,7 @@ MQAR_MODELS = ("softmax", "lightning", "hybrid-1to1")
 TEXT_MODEL = "hybrid-3to1"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 MQAR_RATES = (5e-4, 1e-3, 2e-3)
+TEXT_RATES = (2e-3, 4e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,12 @@ class Plan:
                 replace(self.mqar, model=kind, name=f"{kind}-mqar-lr{rate:g}", learning_rate=rate)
                 for kind, rate in itertools.product(MQAR_MODELS, MQAR_RATES)
             ]
-        return runs + ([self.text] if self.text is not None else [])
+        if self.text is not None:
+            runs += [
+                replace(self.text, name=f"{TEXT_MODEL}-text-lr{rate:g}", learning_rate=rate)
+                for rate in TEXT_RATES
+            ]
+        return runs
 
     def _run(self, model: str, rate: float, seed: int) -> Run:
         name = f"{model}-lr{rate:g}-seed{seed}"
@@ -111,10 +117,10 @@ PLANS = {
         text=replace(
             _FULL,
             data="text",
-            name=f"{TEXT_MODEL}-text",
+            name="text",
             model=TEXT_MODEL,
-            steps=3000,
-            curriculum=Curriculum(shortest=256, stages=((0.4, 512), (1.0, 2048))),
+            steps=6000,
+            curriculum=Curriculum(shortest=256, stages=((0.6, 512), (1.0, 2048))),
             validation_lengths=(512, 2048),
         ),
     ),
