@@ -124,8 +124,10 @@ class LightningOps:
         return self._decode_(query, key, value, log_decay, state, slots, float(scale))
 
     def _tile_of(self, key: Tensor, value: Tensor, precision: str, **flags: bool) -> Any:
-        dims = key.shape[3], value.shape[3]
-        return self._kernels.tile_of(*dims, key.dtype, key.device, precision, **flags)
+        batch, heads, num_tokens, key_dim = key.shape
+        size = {"num_heads": batch * heads, "num_tokens": num_tokens}
+        kind = key_dim, value.shape[3], key.dtype, key.device, precision
+        return self._kernels.tile_of(*kind, **size, **flags)
 
     def _attend(
         self,

@@ -56,10 +56,12 @@ def run_checks(folder: Path, budget_s: float, backends: tuple[str, ...] = BACKEN
 
 
 def runs_of_tests(backend: str) -> list[list[str]]:
-    """Arguments of pytest for all tests of a backend: of cuda's kernels for Hopper too."""
+    """Arguments of pytest for all tests of a backend: of cuda's portable kernels and wide tiles too."""
     matrix = ["-k", backend, "tests/test_backends.py"]
     runs = [[*matrix, f"tests/test_{backend}.py"]]
-    return [*runs, ["-p", "tests.cuda_on_host", "--hopper", *matrix]] if backend == "cuda" else runs
+    if backend == "cuda":
+        runs += [["-p", "tests.cuda_on_host", *flag, *matrix] for flag in ([], ["--hopper"])]
+    return runs
 
 
 def _run_matrix(backend: str, budget_s: float) -> Row:
@@ -73,7 +75,7 @@ def _run_matrix(backend: str, budget_s: float) -> Row:
         tests = [line for line in listed.stdout.splitlines() if "::" in line]
         if not tests:
             return {"code": listed.returncode, "tail": (listed.stdout + listed.stderr)[-1500:]}
-        plugin = arguments[:3] if arguments[0] == "-p" else []
+        plugin = arguments[: arguments.index("-k")]
         commands += [[*pytest, *plugin, *tests[n::count]] for n in range(min(count, len(tests)))]
         total += len(tests)
     with ThreadPoolExecutor(count) as pool:

@@ -50,11 +50,11 @@ _PREFIX_PARAMS = struct.Struct("4q2i")
 PREFIX = Instance(name="prefix", arguments="256", num_threads=256)
 
 
-_hopper = False
+_hopper = True
 
 
 def use_hopper(choice: bool) -> None:
-    """Let calls, and backwards of earlier ones, run the kernels for Hopper where they can, or not."""
+    """Let calls, and backwards of earlier ones, run the kernels for Hopper where they can, or none."""
     global _hopper
     _hopper = choice
 
@@ -78,17 +78,25 @@ def tile_of(
     precision: str,
     *,
     backward: bool = False,
+    num_heads: int = 0,
+    num_tokens: int = 0,
 ) -> Tile:
-    """Tile of the scans of a call, the same for all of them so that they share a schedule."""
+    """Tile of the scans of a call, the same for all of them so that they share a schedule.
+
+    `num_heads` counts those of all sequences; 0 stands for many.
+    """
     kind = "high" if precision == "high" else "backward" if backward else "forward"
     dims = max(key_dim, value_dim), min(key_dim, value_dim)
-    return _tile_of(*dims, device, kind, _hopper)
+    few = 0 < num_heads <= tiles.FEW_HEADS and num_tokens <= tiles.FEW_TOKENS
+    return _tile_of(*dims, device, kind, _hopper, few)
 
 
 @cache
-def _tile_of(large: int, small: int, device: torch.device, kind: str, hopper: bool) -> Tile:
+def _tile_of(
+    large: int, small: int, device: torch.device, kind: str, hopper: bool, few: bool
+) -> Tile:
     capability = module.loader.capability(device)
-    special = tiles.hopper_tile(large, small, kind) if hopper and capability[0] == 9 else None
+    special = tiles.hopper_tile(large, small, kind, few) if hopper and capability[0] == 9 else None
     return special or tiles.scan_tile(large, capability)
 
 

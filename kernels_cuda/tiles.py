@@ -78,9 +78,11 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
 
 OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cuh
 
-# Of the kernels for Hopper, by the larger head dim and what asks. One consumer leaves the copies waiting
-# for its products; two share them. "cluster" is another way to share copies, which nothing asks for
-# unless it is put in "forward"'s place (bench/cuda_variants.py).
+# Of the kernels for Hopper, by the larger head dim and what asks. Two consumers share their copies; a
+# "narrow" tile, for unequal head dims, also fills more of a GPU where heads are few and sequences short.
+# "cluster" is another way to share copies, which nothing asks for unless it is put in "forward"'s place
+# (bench/cuda_variants.py).
+FEW_HEADS, FEW_TOKENS = 66, 8192  # of all sequences, and of each: half of an H200's multiprocessors
 HOPPER_SCAN = {
     (64, "forward"): Tile(num_stages=6, programs_per_sm=1, consumers=2),
     (64, "backward"): Tile(num_stages=5, programs_per_sm=3, consumers=2, paired=True),
@@ -88,16 +90,16 @@ HOPPER_SCAN = {
     (128, "forward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
     (128, "backward"): Tile(num_stages=3, programs_per_sm=3, consumers=2, width=128, paired=True),
     (128, "cluster"): Tile(num_stages=4, programs_per_sm=1, consumers=1, cluster_size=2),
-    (128, "unequal"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
+    (128, "narrow"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
 }
 
 
-def hopper_tile(large: int, small: int, kind: str) -> Tile | None:
-    """Tile of the kernel for Hopper; two consumers want both head dims to fill them."""
+def hopper_tile(large: int, small: int, kind: str, few: bool = False) -> Tile | None:
+    """Tile of the kernel for Hopper; two consumers want both head dims, and many heads, to fill them."""
     if large != small:
-        return None if kind == "high" else HOPPER_SCAN[large, "unequal"]
-    return HOPPER_SCAN[large, kind]
+        return None if kind == "high" else HOPPER_SCAN[large, "narrow"]
+    return HOPPER_SCAN[large, "narrow" if few and (large, kind) == (128, "forward") else kind]
 
 
 def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance:

@@ -56,12 +56,27 @@ def loader(monkeypatch):
 def kernels(request):
     """Each of the two scan kernels where it can run."""
     if request.param == "portable":
-        yield request.param
+        with lightning.hopper_kernels(False):
+            yield request.param
         return
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
+    request.getfixturevalue("many_heads")
     with lightning.hopper_kernels():
         yield request.param
+
+
+@pytest.fixture
+def portable():
+    """The portable scan kernel on every architecture."""
+    with lightning.hopper_kernels(False):
+        yield
+
+
+@pytest.fixture
+def many_heads(monkeypatch):
+    """Tiles as for many heads, however few there are."""
+    monkeypatch.setattr(tiles, "FEW_HEADS", 0)
 
 
 @on_host
@@ -109,8 +124,21 @@ def test_scans_of_dk_and_dv_are_right_in_blocks_of_their_own(mode, segments, mon
         assert_right("cuda", inputs_of(device, T=333, dims=(128, 128)))
 
 
+@pytest.mark.parametrize(("mode", "segments"), MODES[:3])
+def test_short_forwards_of_few_heads_have_narrow_tiles(mode, segments, monkeypatch, device):
+    if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    inputs = inputs_of(device, T=333, dims=(128, 128))
+    with lightning.hopper_kernels(), schedules.forced_plan(mode, segments):
+        kind = 128, 128, torch.bfloat16, inputs.key.device, "default"
+        assert lightning.tile_of(*kind, num_heads=66, num_tokens=333).consumers == 1
+        for many in ({"num_heads": 67, "num_tokens": 333}, {"num_heads": 1, "num_tokens": 8193}):
+            assert lightning.tile_of(*kind, **many).consumers == 2
+        assert_right("cuda", inputs)
+
+
 @pytest.fixture
-def clusters(monkeypatch):
+def clusters(monkeypatch, many_heads):
     """Forwards at D = 128 by clusters of two blocks."""
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
@@ -151,6 +179,7 @@ def test_a_defect_of_clusters_is_caught(clusters, defect, monkeypatch, device):
 
 
 @on_host
+@pytest.mark.usefixtures("portable")
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)], ids=str)
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])
 def test_rings_of_every_architecture_are_right_whenever_copies_land(
@@ -452,7 +481,7 @@ HOPPER_DEFECTS = {
         "const float past = expf(at.own.walk.decay.g * CHUNK);",
         "const float past = expf(at.own.walk.decay.g * (CHUNK - 1));",
     ),
-    "other_tokens_rows_not_cleared": ("i < (CHUNK - num_rows) * 8", "i < 0"),
+    "other_tokens_rows_not_cleared": ("i < STAGE_PANELS * granules", "i < 0"),
     "no_barrier_before_scores_are_read": ("group_sync(group);  // protects the scores", "// "),
     "outputs_not_waited_for": (
         "score(next);\n            products_wait<1>();",
@@ -505,6 +534,7 @@ def test_a_defect_planted_in_the_kernel_is_caught(kernels, defect, known, monkey
 
 
 @on_host
+@pytest.mark.usefixtures("portable")
 def test_copies_into_a_stage_that_is_still_read_are_caught(monkeypatch, device):
     change = "fetch(chunks, n + STAGES - 1);", "fetch(chunks, n + STAGES);"
     inputs = inputs_of(device, T=333)
@@ -553,6 +583,7 @@ def test_a_defect_planted_in_the_plan_is_caught(mode, defect, monkeypatch, devic
 
 
 @on_host
+@pytest.mark.usefixtures("portable")
 @pytest.mark.parametrize("planted", [False, True], ids=["right", "planted"])
 def test_offsets_beyond_32_bits_are_right(planted, monkeypatch, device):
     change = ("token * token_stride", "(unsigned)(token * token_stride)") if planted else None
@@ -653,6 +684,7 @@ MISUSES = {
 
 
 @on_host
+@pytest.mark.usefixtures("portable")
 @pytest.mark.parametrize("message", MISUSES)
 def test_the_host_build_says_what_is_undefined_on_a_gpu(message, monkeypatch, device):
     use_loader(monkeypatch, HostLoader(change=MISUSES[message]))

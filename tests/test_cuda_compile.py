@@ -40,7 +40,7 @@ def instances(capability):
             yield lightning.instance_of(dim, dtype, tile, precision), tile
             if tile.paired:
                 yield lightning.grads_of(dim, dtype, tile), tile
-            if kind == "unequal":  # dims: that of b may be the smaller
+            if kind == "narrow":  # dims: that of b may be the smaller
                 yield lightning.instance_of(64, dtype, tile, precision), tile
 
 

@@ -95,6 +95,7 @@ def test_checks_of_one_backend_leave_those_of_another(tmp_path, monkeypatch):
 def test_a_backends_tests_are_those_of_its_file_and_its_matrix(backend):
     runs = gpu_checks.runs_of_tests(backend)
     assert runs[0] == ["-k", backend, "tests/test_backends.py", f"tests/test_{backend}.py"]
+    assert sum("tests.cuda_on_host" in run for run in runs) == (2 if backend == "cuda" else 0)
     assert any("--hopper" in run for run in runs) == (backend == "cuda")
 
 

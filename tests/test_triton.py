@@ -497,7 +497,7 @@ def compile_tables(capability):
     compile_all(table, compiled)
     # The plain kernel also takes what the copy engine can't, in the shapes of the other one.
     launch.warp_tile = lambda *call: None
-    launch.tile_of.cache_clear()
+    launch._tile_of.cache_clear()
     compile_all([shape for shape in tiles.WARP_SPECIALIZED if capability == 9], compiled)
 
 

@@ -123,6 +123,8 @@ class _Run:
 
     def dispatch(self, group: int) -> None:
         plan = self.plans[group]
+        if self.x.is_cuda:  # the backward lets go of what it indexes by, which this stream reads
+            plan.tokens.record_stream(torch.cuda.current_stream())
         rows = self.x[plan.tokens]  # [S, D]
         there = partial(self.ep.all_to_all, sent=plan.sent, received=plan.received)
         back = partial(self.ep.all_to_all, sent=plan.received, received=plan.sent)

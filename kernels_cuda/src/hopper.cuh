@@ -81,6 +81,11 @@ __device__ inline void group_sync(int group) {
     asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory");
 }
 
+// A barrier of a block's first `num_threads` threads.
+__device__ inline void block_sync(int num_threads) {
+    asm volatile("bar.sync 3, %0;" :: "r"(num_threads) : "memory");
+}
+
 // The same value, which all lanes of the warp have: the compiler may keep it in a register that they share.
 __device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 

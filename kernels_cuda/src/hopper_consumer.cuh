@@ -68,10 +68,11 @@ struct Own {
 // Where a consumer finds what it works with. Operands are those of the ring's first stage.
 struct Places {
     const Panel *a, *b;
-    Panel* c;
+    Panel *c, *ring;
     Panel *scores, *out;  // its own: two of each or, where a state takes more, one (scores: for each half)
     Own& own;
     Barrier *full, *empty;
+    int num_threads;  // of all consumers
 };
 
 // With TURNS two consumers have the same columns: each updates its state with every chunk, and gives the
@@ -466,14 +467,12 @@ struct Consumer {
 
     // The last chunk in the scan's order, of fewer tokens; its outputs if they are `heard`.
     __device__ void finish(Left& added, const Slot& slot, int num_rows, bool heard) {
-        const int first = slot.panel();
         wait_full(slot);
         group_sync(group);  // protects the weights of whole chunks: all warps are done with them
-        for (int p = 0; p < B_DIM / 64; ++p) clear((unsigned char*)at.b[first + p], num_rows);
-        for (int half = 0; half < HALVES; ++half) clear(at.c[first + half], num_rows);
+        clear(at.ring + slot.panel(), num_rows);
         at.own.edge.set(at.own.walk.decay, num_rows, 1.0f, threadIdx.x % 128, 128);
         fence_shared();
-        group_sync(group);  // protects cleared rows and weights (two groups clear the same rows)
+        block_sync(at.num_threads);  // protects cleared rows and weights, for the other consumer too
         if (all.scan.with_output && heard) {
             if constexpr (KEPT) load_masks();
             score(slot);
@@ -514,10 +513,12 @@ struct Consumer {
         }
     }
 
-    // Rows from num_rows on are another document's, or those of chunks that came before.
-    __device__ void clear(unsigned char* panel, int num_rows) {
-        for (int i = threadIdx.x % 128; i < (CHUNK - num_rows) * 8; i += 128)
-            *(uint4*)(panel + num_rows * 128 + i * 16) = uint4{0, 0, 0, 0};
+    // Rows from num_rows on are another document's, or those of chunks that came before. All consumers
+    // clear them together.
+    __device__ void clear(Panel* stage, int num_rows) {
+        const int granules = (CHUNK - num_rows) * 8;
+        for (int i = threadIdx.x; i < STAGE_PANELS * granules; i += at.num_threads)
+            *(uint4*)(stage[i / granules] + num_rows * 128 + i % granules * 16) = uint4{0, 0, 0, 0};
     }
 
     // Outputs to shared memory, and from there to where they belong.

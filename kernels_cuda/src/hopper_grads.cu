@@ -65,8 +65,8 @@ struct HopperGrads {
     // In a stage those tensors come first that the state is made of: do, q, v, k or v, k, do.
     __device__ void consume(int group, const Course& course) {
         Panel* ring = shared.ring;
-        Places at = {nullptr, ring, nullptr, shared.scores + group * BUFFERS, shared.out + group * BUFFERS,
-                     shared.own[group], shared.full, shared.empty};
+        Places at = {nullptr, ring, nullptr, ring, shared.scores + group * BUFFERS, shared.out + group * BUFFERS,
+                     shared.own[group], shared.full, shared.empty, 2 * 128};
         if (pair) {
             at.a = ring + (2 + group) * PANELS;
             at.b = ring + group * PANELS;

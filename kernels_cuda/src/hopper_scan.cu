@@ -50,9 +50,9 @@ struct HopperScan {
             shared.own[group].set(walk, SPLIT ? 1.0f : walk.decay.all_writes(), group);
             Panel* ring = shared.ring;
             const int own = TURNS ? 0 : group;  // columns
-            const Places places = {ring + PANELS + COLUMN_PANELS, ring, ring + PANELS + own,
+            const Places places = {ring + PANELS + COLUMN_PANELS, ring, ring + PANELS + own, ring,
                                    shared.scores[group], shared.out[group], shared.own[group],
-                                   shared.full, shared.empty};
+                                   shared.full, shared.empty, CONSUMERS * 128};
             Consumer<E, B_DIM, 0, 1, STAGES, STAGE_PANELS, SPLIT, TURNS>(
                 all, course, places, index, column + own * 64, group).run();
         } else {

@@ -84,7 +84,6 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
-@cache
 def tile_of(
     key_dim: int,
     value_dim: int,
@@ -93,8 +92,25 @@ def tile_of(
     precision: str,
     *,
     backward: bool = False,
+    num_heads: int = 0,
+    num_tokens: int = 0,
 ) -> Tile:
-    """Tile of the scans of a call, the same for all of them so that they share a schedule."""
+    """Tile of the scans of a call, the same for all of them so that they share a schedule.
+
+    It is the same for any numbers of heads and tokens.
+    """
+    return _tile_of(key_dim, value_dim, dtype, device, precision, backward)
+
+
+@cache
+def _tile_of(
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+    backward: bool,
+) -> Tile:
     kind = _kind(dtype, precision, backward)
     capability = _capability(device)
     specialized = None if INTERPRETED.value else warp_tile(key_dim, value_dim, kind, capability)

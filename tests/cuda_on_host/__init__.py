@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kernels_cuda import lightning, module
+from kernels_cuda import lightning, module, tiles
 from kernels_cuda.module import Instance, KernelError
 from kernels_cuda.tensor_map import MAP_BYTES, layout
 
@@ -90,7 +90,8 @@ def built(instance: Instance, change: tuple[str, str] | None = None) -> Path:
 
 def pytest_addoption(parser) -> None:
     """Options of the plugin."""
-    parser.addoption("--hopper", action="store_true", help="run the kernels for Hopper")
+    help_ = "run the kernels for Hopper, with the tiles of many heads"
+    parser.addoption("--hopper", action="store_true", help=help_)
 
 
 def pytest_configure(config) -> None:
@@ -105,6 +106,7 @@ def pytest_configure(config) -> None:
     loader.load = noted
     module.loader = loader
     lightning.use_hopper(config.getoption("--hopper"))
+    tiles.FEW_HEADS = 0
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

@@ -51,6 +51,8 @@ template <int> void registers_up() {}
 template <int> void registers_down() {}
 inline void group_sync(int group) { host::meet(host::block().group_gates[group], 128); }
 
+inline void block_sync(int num_threads) { host::meet(host::block().group_gates[2], num_threads); }
+
 // ---- Boxes ----
 
 struct alignas(64) TensorMap {
