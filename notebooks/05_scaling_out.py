@@ -49,10 +49,11 @@ from matplotlib.ticker import FuncFormatter
 from attnlab import lightning_state, minimax_log_decay
 from attnlab.distributed import anchors, balance, planning
 from attnlab.distributed.costs import HARDWARE, ring_time
-from attnlab.distributed.costs import forward as layer_times
 from attnlab.distributed.pack import PackPlan
 from attnlab.distributed.streams import makespan
 from attnlab.functional import lightning_attention_varlen
+from bench import claims
+from bench.claims import BRIEF, LONG, PACKS, seen, totals
 from bench.fit import format_len
 from bench.recall_axes import SHADES, STYLE, length_axis
 from bench.virtual import run_in_virtual_time
@@ -266,7 +267,7 @@ pd.DataFrame(rows).T.rename_axis("short / medium / long documents")
 # The next cell runs the real program on four processes, ep 2 by etp 2, in virtual time.
 
 # %%
-LONG, BRIEF = 12.0, 3.0  # what all products take; the sending of all rows over ep takes 1
+# All products take LONG or BRIEF (12 or 3); the sending of all rows over ep takes 1, over etp 2.
 GROUPS = (1, 2, 3, 4, 6, 8, 12)
 RUNS = run_in_virtual_time((LONG, BRIEF), GROUPS)
 QUEUES = {"D": "ep", "Y": "ep", "A": "etp", "R": "etp", "X": "experts"}
@@ -291,16 +292,6 @@ picture(figure)
 
 
 # %%
-def seen(end: float, products: float) -> float:
-    """Share of the communication that is not hidden."""
-    return (end - products) / 6  # D and Y take 1 each, A and R 2 each
-
-
-def totals(products: float) -> dict[str, float]:
-    """Time of each stage."""
-    return {"D": 1.0, "A": 2.0, "X": products, "R": 2.0, "Y": 1.0}
-
-
 with rc_context(STYLE):
     figure, both = panels(2, 4.8, 4.4)
     for axes, products in zip(both, (LONG, BRIEF), strict=True):
@@ -338,13 +329,11 @@ picture(figure)
 # in this section is measured.
 
 # %%
-H800, PACKS = HARDWARE["H800"], 8
 GPUS = [8 << power for power in range(9)]
 PLANNED = {}
 for pack in (1 << 16, 1 << 18, 1 << 20):
     for gpus in GPUS:
-        chosen = planning.best_job(gpus, pack, H800, packs=PACKS)
-        parts = layer_times(chosen)
+        chosen, parts = claims.planned(gpus, pack)
         step = planning.step_time(chosen, parts, PACKS)
         PLANNED[pack, gpus] = chosen, parts, PACKS * pack / step / gpus
 
@@ -366,7 +355,7 @@ with rc_context(STYLE):
     both[0].set_title("throughput")
     both[1].set_title("communication that is seen")
     both[0].legend(title="tokens of a pack")
-    figure.suptitle(f"MiniMax-01 on H800, a step of {PACKS} packs (modelled)")
+    figure.suptitle(f"MiniMax-01 on {claims.HARDWARE_NAME}, a step of {PACKS} packs (modelled)")
 picture(figure)
 
 # %% [markdown]
@@ -421,21 +410,15 @@ picture(figure)
 # documents are much alike, and unlike others').
 
 # %%
-draws = np.random.default_rng(0)
-RANKS_OF_ROUTER, EXPERTS, TOKENS, FACTOR = 32, 32, 4096, 1.25
-rows = []
-for concentration in (1.0, 4.0, 16.0, 64.0):
-    shares = draws.dirichlet([concentration] * EXPERTS, RANKS_OF_ROUTER)
-    counts = np.array(
-        [draws.multinomial(2 * TOKENS, share) for share in shares]
-    )  # [ranks, experts]
-    room = FACTOR * 2 * TOKENS / EXPERTS
-    own = np.maximum(counts - room, 0).sum() / counts.sum()
-    together = np.maximum(counts.sum(0) - RANKS_OF_ROUTER * room, 0).sum() / counts.sum()
-    rows.append({"concentration": concentration, "each rank alone": f"{own:.1%}"})
-    rows[-1]["all ranks together"] = f"{together:.1%}"
-DROPS = rows
-pd.DataFrame(rows).set_index("concentration").rename_axis("dropped at capacity 1.25, concentration")
+shown = {
+    concentration: {
+        "each rank alone": f"{drops.alone:.1%}",
+        "all ranks together": f"{drops.together:.1%}",
+    }
+    for concentration, drops in claims.router_drops().items()
+}
+words = f"dropped at capacity {claims.CAPACITY}, concentration"
+pd.DataFrame(shown).T.rename_axis(words)
 
 # %% [markdown]
 # ## Claims
@@ -444,49 +427,4 @@ pd.DataFrame(rows).set_index("concentration").rename_axis("dropped at capacity 1
 # gradients of each system equal one process's to 1e-12 in float64, and every message is counted.
 
 # %%
-job, parts, _ = PLANNED[1 << 20, 2048]
-lasp, plus = anchors.OPERATORS["LASP"], anchors.OPERATORS["LASP-2"]
-left_seen = {(t, n): f"{seen(RUNS[t, n][0], t):.0%}" for t in (LONG, BRIEF) for n in (2, 8)}
-one_queue = f"{seen(makespan(totals(BRIEF), 8, one_queue=True), BRIEF):.0%}"
-in_layer = 7 / 8 * parts.gather / parts.layer
-zigzag = [balance.mean_imbalance(mix, 32, "zigzag") for mix in balance.MIXES.values()]
-contiguous = [balance.mean_imbalance(mix, 32, "contiguous") for mix in balance.MIXES.values()]
-CLAIMS = [
-    (
-        "EP-ETP overlap halves the experts' communication that is seen",
-        f"{left_seen[LONG, 2]} is seen with two groups, {left_seen[LONG, 8]} with eight; where products "
-        f"take half as long as the communication {left_seen[BRIEF, 2]} and {left_seen[BRIEF, 8]} "
-        f"(eight groups in one queue: {one_queue})",
-        "virtual time",
-    ),
-    (
-        "LASP+ takes down to 1/N of LASP's time on N ranks",
-        "two collectives in place of 2 (N - 1) messages in turn (counted); "
-        f"LASP-2, which gathers too, is {lasp[-1] / plus[-1]:.1f} times as fast as LASP on 128 GPUs "
-        "(published, arXiv 2507.01004)",
-        "counted, published",
-    ),
-    (
-        "LASP+'s all-gather costs little",
-        f"{parts.gather / (parts.gather + parts.lightning):.0%} of a lightning mixer at 1M tokens on "
-        f"{job.cp} cp ranks, {parts.gather_measured / (parts.gather_measured + parts.lightning):.0%} "
-        f"by published all-gathers; {in_layer:.0%} of a mean layer",
-        "modelled",
-    ),
-    (
-        "Varlen ring attention spares padding",
-        "no padding, exact for any documents; the slowest of 32 ranks has "
-        f"{min(zigzag):.1f} to {max(zigzag):.1f} times the mean work (contiguous chunks: "
-        f"{min(contiguous):.1f} to {max(contiguous):.1f})",
-        "counted",
-    ),
-    (
-        "A global router drops fewer tokens at the same capacity",
-        f"{DROPS[1]['all ranks together']} in place of {DROPS[1]['each rank alone']} where ranks' "
-        f"tokens differ, {DROPS[3]['all ranks together']} in place of "
-        f"{DROPS[3]['each rank alone']} where they are alike",
-        "modelled",
-    ),
-]
-lines = [f"| {claim} | {found} | {how} |" for claim, found, how in CLAIMS]
-Markdown("\n".join(["| claim of arXiv 2501.08313 | here | how |", "|---|---|---|", *lines]))
+Markdown(claims.table(claims.notebook_claims(RUNS)))
