@@ -1,8 +1,9 @@
 """The experts' work on ranks in virtual time: the real program over gloo, with clocks that repeat.
 
-Used by `notebooks/05_scaling_out.py`. The ranks are processes of this machine, ep 2 by etp 2; every
-rank has the same number of tokens, which choose the experts in turn. The unit of time is what all of
-a rank's rows take to their experts' ranks; over etp, which every row crosses, it is twice that.
+Used by `notebooks/05_scaling_out.py`, and by the README's test. The ranks are processes of this
+machine, ep 2 by etp 2; every rank has the same number of tokens, which choose the experts in turn.
+The unit of time is what all of a rank's rows take to their experts' ranks; over etp, which every
+row crosses, it is twice that.
 """
 
 import sys

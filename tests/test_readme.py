@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import h200
+from bench import claims, h200
 from bench.findings import readme_table
 from bench.lines import latest
 from bench.model_table import parts_table
 from bench.model_table import readme_table as model_table
 from bench.rows import load_rows
 from bench.training_figure import read_runs, table
+from bench.virtual import run_in_virtual_time
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -32,6 +33,11 @@ def test_the_result_tables_are_those_of_the_committed_rows():
     assert model_table(load_rows(results / "h200" / "model" / "rows.jsonl"), "1b") in TEXT
     assert parts_table(load_rows(results / "h100" / "model" / "rows.jsonl"), "hybrid-1b") in TEXT
     assert table(read_runs(results / "h100" / "training")) in TEXT
+
+
+def test_the_table_of_claims_is_what_notebook_05_computes():
+    runs = run_in_virtual_time((claims.LONG,), (2,))
+    assert claims.table(claims.readme_claims(runs)) + "\n\n" in TEXT
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!https?:)[^)]+)\)", TEXT))
