@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 from distributed_mutations import mutated
 
+from attnlab import functional, registry
 from attnlab.distributed import halo, lasp, moe, ring, routing
 from attnlab.distributed.comm import Event, Group, Ledger, Pending, check_agreement
 from attnlab.distributed.mesh import Layout, Meshes
 from attnlab.distributed.pack import PackPlan, Span
 from attnlab.distributed.timing import VirtualTime
 from attnlab.model.moe import balancing_loss
+from kernels_cuda import module
+from tests.cuda_on_host import HostLoader
 
 PACKS = {
     "one document": (0, 37),
@@ -115,6 +118,21 @@ def run_lasp(rank, size, jobs, mutation=None):
             grads = differentiate(output, leaves, local[3])
             results.append((output.detach(), *grads, moved(ledger)))
     return results
+
+
+def run_lasp_on_host(rank, size, jobs):
+    """`run_lasp` with the CUDA kernels built for the CPU, and the (op, backend) that it reached."""
+    reached, resolve = set(), functional.resolve
+
+    def noted(op, backend, problem):
+        reached.add((op, registry.choose(op, backend, problem)))
+        return resolve(op, backend, problem)
+
+    with (
+        mock.patch.object(module, "loader", HostLoader()),
+        mock.patch.object(functional, "resolve", noted),
+    ):
+        return run_lasp(rank, size, jobs), reached
 
 
 def run_on_gpus(rank, size, run, jobs):

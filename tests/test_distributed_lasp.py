@@ -9,15 +9,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed_cases import PACKS, plans, run_lasp, run_traced_lasp, simulated_weights, worst
+from distributed_cases import (
+    PACKS,
+    largest,
+    plans,
+    run_lasp,
+    run_lasp_on_host,
+    run_traced_lasp,
+    simulated_weights,
+    worst,
+)
 from distributed_mutations import LASP_MUTATIONS
 
-from attnlab import registry
+from attnlab import registry, testing
 from attnlab.distributed.comm import Group
 from attnlab.distributed.lasp import lasp_attention
 from attnlab.distributed.pack import UNREACHED, PackPlan
 from attnlab.distributed.volumes import gather_bytes, state_bytes
 from attnlab.functional import lightning_attention_varlen
+from attnlab.problem import Problem
+from kernels_cuda import module
+from tests.cuda_on_host import HostLoader
 
 HEADS, KEY_DIM, VALUE_DIM = 3, 4, 5
 LOG_DECAY = torch.tensor([0.999, 0.9, 0.4], dtype=torch.float64).log()
@@ -35,6 +47,24 @@ def tensors_for(plan, dtype=torch.float64):
     return [
         torch.randn(*shape, d, generator=generator, dtype=torch.float64).to(dtype) for d in dims
     ]
+
+
+def varlen_problem(plan, dtype):
+    """A call of one process with a head without decay, of head dims that all backends have."""
+    return Problem(
+        op="lightning_attention_varlen",
+        batch=1,
+        heads=2,
+        kv_heads=2,
+        q_len=plan.num_tokens,
+        kv_len=plan.num_tokens,
+        key_dim=64,
+        value_dim=64,
+        dtype=dtype,
+        device="cpu",
+        requires_grad=True,
+        num_documents=len(plan.cu_seqlens) - 1,
+    )
 
 
 def job(plan, **flags):
@@ -177,6 +207,45 @@ def test_lower_precisions_stay_near(worlds, dtype, tolerance):
         for part, whole in zip(results[:4], expected, strict=True):
             error = (part.double() - plan.shard(whole, rank, 2)).abs().max()
             assert error < tolerance * whole.abs().max()  # two or three roundings
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", registry.list_backends("lightning_attention_varlen"))
+def test_every_backend_is_as_accurate_over_ranks_as_in_one_process(
+    worlds, monkeypatch, backend, dtype
+):
+    """CUDA's kernels are built for the CPU; Triton's run where this process interprets them.
+
+    Over ranks the op either starts from what enters, or that is added to its 16-bit output: a second
+    rounding, for which twice the baseline's error is room.
+    """
+    monkeypatch.setattr(module, "loader", HostLoader())
+    # Two chunks a rank, of a document longer than the baseline's chunks and a short one before it.
+    plan, scale = PackPlan.zigzag((0, 5, 80), 2), 0.125
+    problem, ops = varlen_problem(plan, dtype), ("lightning_attention_varlen", "lightning_state")
+    for op in ops:
+        reason = registry.why_not(op, backend, replace(problem, op=op))
+        if reason is not None:
+            pytest.skip(f"{backend}: {reason}")
+    inputs = testing.make_inputs(problem, with_state=False)
+    inputs = replace(inputs, grad_state=torch.zeros_like(inputs.grad_state))
+    call = {"cu_seqlens": torch.tensor(plan.cu_seqlens), "scale": scale}
+    oracle = testing.lightning_oracle(inputs, **call)
+    baseline = testing.lightning_baseline(inputs, **call)
+    tensors = [inputs.query, inputs.key, inputs.value, inputs.grad_output]
+    log_decay = inputs.log_decay.to(torch.promote_types(dtype, torch.float32))
+    flags = [{"backend": backend, "scale": scale, "overlap": x} for x in (True, False)]
+    jobs = [(tensors, log_decay, plan, each) for each in flags]
+    answers = worlds(2).call(run_lasp_on_host, jobs)
+    for _, reached in answers:
+        assert reached == {(op, backend) for op in ops}
+    names = "output", "grad_query", "grad_key", "grad_value"
+    for number, (place, name) in itertools.product(range(2), enumerate(names)):
+        whole = plan.join([results[number][place] for results, _ in answers], 2)
+        if dtype == torch.float64:  # the baseline is a float32 one
+            assert largest([whole - oracle[name]]) < TOLERANCE
+        else:
+            testing.assert_as_accurate(whole, oracle[name], baseline[name], name)
 
 
 @pytest.mark.parametrize("mutation", LASP_MUTATIONS)

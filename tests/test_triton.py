@@ -46,7 +46,7 @@ def run_python(*arguments, interpret):
 @pytest.mark.skipif(CAN_RUN, reason="the kernels run in this process")
 def test_everything_here_passes_interpreted():
     """In two processes, since this is the longest test and an interpreter uses one core."""
-    halves = ("triton", "slots"), ("backends", "norm", "convolution", "heads")
+    halves = ("triton", "slots", "distributed_lasp"), ("backends", "norm", "convolution", "heads")
 
     def interpreted(names):
         files = [f"tests/test_{name}.py" for name in names]
