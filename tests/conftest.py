@@ -58,9 +58,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worlds():
-    """Worlds of ranks by size, started when first used; see `distributed_world`."""
+    """Worlds of ranks by size, started when first used; see `distributed_world`.
+
+    They end with their module: gloo keeps a thread that polls for each group that was ever made, and
+    the hundreds of a whole suite take a core from all tests behind them.
+    """
     from distributed_world import World
 
     started = {}
