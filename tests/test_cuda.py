@@ -125,7 +125,7 @@ def test_scans_of_dk_and_dv_are_right_in_blocks_of_their_own(mode, segments, mon
 
 
 @pytest.mark.parametrize(("mode", "segments"), MODES[:3])
-def test_short_forwards_of_few_heads_have_narrow_tiles(mode, segments, monkeypatch, device):
+def test_short_forwards_of_few_heads_have_narrow_tiles(mode, segments, device):
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     inputs = inputs_of(device, T=333, dims=(128, 128))
