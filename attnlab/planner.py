@@ -106,7 +106,11 @@ class _Work:
         for (n, halo), cut in self.cuts(target, mode).items():
             if cut is None:
                 return False
-            units += self.sequences[n] * self.heads[halo] * len(cut.starts)
+            slots = float(len(cut.starts))
+            if not cut.two_pass:  # its last segment may be short: as many as fit share a slot
+                last = n - cut.starts[-1] + STATE_COST * cut.warms[-1] + UNIT_COST
+                slots += 1 / max(1, int((target + UNIT_COST) // last)) - 1
+            units += self.sequences[n] * self.heads[halo] * slots
         return units * self.machine.programs_per_unit <= waves * self.machine.slots
 
     def first_pass(self, target: int, mode: str | None) -> float:

@@ -1,12 +1,13 @@
 """Plans cover every token of every head once, start from the right states, and share the work."""
 
+import heapq
 import itertools
 import math
 
 import pytest
 
 from attnlab.decay import minimax_log_decay
-from attnlab.planner import MODES, Machine, plan
+from attnlab.planner import MODES, UNIT_COST, Machine, plan
 from attnlab.segments import HALO_EXPONENT, cut_into, halo_chunks
 
 CHUNK = 64
@@ -139,25 +140,36 @@ def cost(unit):
     return unit.tokens / CHUNK + 0.5 * unit.warm
 
 
-SHAPES = [  # batch, heads, tokens, programs a unit, longest over ideal
-    (1, 16, 1 << 20, 1, 1.05),
-    (1, 16, 1 << 22, 1, 1.05),
-    (1, 1, 1 << 22, 1, 1.08),
-    (1, 64, 1 << 16, 1, 1.08),
-    (1, 64, 1 << 16, 3, 1.08),
-    (1, 1, 1 << 22, 3, 1.08),
+# Batch, heads, tokens, programs of a unit and of a multiprocessor, time over ideal: halos take 3.6 to
+# 7.4 % of a lone head's.
+SHAPES = [
+    (1, 16, 1 << 20, 1, 1, 1.01),
+    (1, 16, 1 << 22, 1, 1, 1.01),
+    (1, 1, 1 << 22, 1, 1, 1.08),
+    (1, 1, 1 << 22, 2, 1, 1.04),
+    (1, 64, 1 << 16, 1, 1, 1.025),
+    (1, 64, 1 << 16, 3, 3, 1.025),
+    (1, 1, 1 << 22, 3, 3, 1.08),
 ]
+
+
+def time_of(planned, machine):
+    """Chunks of time when each slot takes the next program as soon as it is free."""
+    free_at = [0.0] * machine.slots
+    for unit in planned.units:
+        for _ in range(planned.heads_per_unit * machine.programs_per_unit):
+            heapq.heappush(free_at, heapq.heappop(free_at) + cost(unit) + UNIT_COST)
+    return max(free_at)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_few_heads_fill_the_machine(shape):
-    batch, heads, tokens, programs, slack = shape
+    batch, heads, tokens, programs, per_sm, slack = shape
     decays = minimax_log_decay(heads, 0, 80).tolist()
-    machine = Machine(slots=132, programs_per_unit=programs, chunk=CHUNK)
+    machine = Machine(slots=132 * per_sm, programs_per_unit=programs, chunk=CHUNK)
     planned = plan([tokens] * batch, decays, machine)
     ideal = batch * heads * tokens / CHUNK * programs / machine.slots
-    waves = math.ceil(len(planned.units) * planned.heads_per_unit * programs / machine.slots)
-    assert waves * max(map(cost, planned.units)) < slack * ideal
+    assert time_of(planned, machine) < slack * ideal
     assert not planned.chains  # layer 0 decays fast enough
 
 
