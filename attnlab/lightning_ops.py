@@ -125,8 +125,8 @@ class LightningOps:
 
     def _tile_of(self, key: Tensor, value: Tensor, precision: str, **flags: bool) -> Any:
         batch, heads, num_tokens, key_dim = key.shape
-        size = {"num_heads": batch * heads, "num_tokens": num_tokens}
         kind = key_dim, value.shape[3], key.dtype, key.device, precision
+        size = {"num_heads": batch * heads, "num_tokens": batch * heads * num_tokens}
         return self._kernels.tile_of(*kind, **size, **flags)
 
     def _attend(

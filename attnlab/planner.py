@@ -27,11 +27,15 @@ MODES = ("single", "halo", "two-pass")
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a plan is for: programs that run at once, programs a unit takes, tokens a chunk."""
+    """What a plan is for: programs that run at once, programs a unit takes, tokens a chunk.
+
+    `num_scans` is how many scans those programs run, of which a first pass runs one at a time.
+    """
 
     slots: int
     programs_per_unit: int
     chunk: int
+    num_scans: int = 1
 
 
 class Unit(NamedTuple):
@@ -209,7 +213,9 @@ def _segmented(lengths: Sequence[int], halos: list[float], work: _Work, cuts: Cu
         if cut and cut.two_pass
     )
     # The first pass has few heads too, so it cuts finer: `finer` rows of the workspace a segment.
-    finer = max(1, work.machine.slots // max(1, added * work.machine.programs_per_unit))
+    machine = work.machine
+    at_once = machine.slots * machine.num_scans // machine.programs_per_unit
+    finer = max(1, at_once // max(1, added))
     result = Plan([], 1, [], [])
     for sequence, tokens in enumerate(lengths):
         num_chunks = -(-tokens // chunk)

@@ -1,9 +1,10 @@
 """Time variants of the CUDA kernels' tunables, and Triton's kernels, on one GPU, for a number of seconds.
 
     python bench/cuda_variants.py --compile   # fills the cache of compiled kernels first
-    python bench/cuda_variants.py 90
+    python bench/cuda_variants.py 90 [fwd64]  # seconds, and what the names of variants begin with
 
-A variant: a name, the passes it matters to, a tile of the table of the kernels for Hopper.
+A variant: a name, the passes it matters to, a tile of the table of the kernels for Hopper, macros that
+its sources are compiled with. Each is timed as `bench/h200.py` times it, twice, all others in between.
 """
 
 import sys
@@ -19,15 +20,19 @@ import torch
 
 from attnlab import schedules
 from attnlab.decay import minimax_log_decay
-from attnlab.functional import lightning_attention
+from attnlab.functional import lightning_attention, lightning_decode_
+from bench import timing
 from kernels_cuda import lightning, module, tiles
+from kernels_cuda.module import Instance
 from kernels_cuda.tiles import Tile
 
-KINDS = ("forward", "backward", "high")
+KINDS = ("forward", "backward", "high", "decode")
+NAMES = {"forward": "fwd", "backward": "bwd"}
 SHAPES = {
     128: [
         *((1, 64, 65536), (8, 16, 8192), (1, 64, 4096), (1, 64, 512)),
-        *((1, 1, 1 << 22), (1, 16, 1 << 20)),
+        *((1, 1, 1 << 22), (1, 16, 1 << 20), (256, 64, 1)),
+        *((1, 16, 1 << 20, 78), (1, 1, 1 << 22, 78)),
     ],
     64: [(8, 16, 8192), (1, 64, 65536)],
 }
@@ -40,8 +45,9 @@ class Variant:
     kind: str  # one of KINDS
     tile: Tile | None = None
     hopper: bool = True
-    promotion: int = 3  # of a box to L2: 0 none, 1 64 B, 2 128 B, 3 256 B
+    promotion: int = 2  # of a box to L2: 0 none, 1 64 B, 2 128 B, 3 256 B
     backend: str = "cuda"
+    defines: tuple[str, ...] = ()
 
 
 def one(stages, per_sm=1):
@@ -64,41 +70,31 @@ def paired(stages, per_sm=3, width=128):
     return Tile(num_stages=stages, programs_per_sm=per_sm, consumers=2, width=width, paired=True)
 
 
+def named(dim, kind, name, tile, **options):
+    return Variant(f"{NAMES.get(kind, kind)}{dim} {name}", dim, kind, tile, **options)
+
+
+LATE, EARLY = ("RELEASE_AHEAD false",), ("RELEASE_AHEAD true",)
+
 VARIANTS = [
-    *(
-        Variant(f"{kind} Triton", dim, kind, backend="triton")
-        for dim in (128, 64)
-        for kind in KINDS
-    ),
-    Variant("fwd128 1 consumer 4 stages", 128, "forward", one(4)),
-    Variant("fwd128 1 consumer 4 stages, clusters of 2", 128, "forward", cluster(4)),
-    Variant("fwd128 1 consumer 3 stages, clusters of 2", 128, "forward", cluster(3)),
-    Variant("fwd128 1 consumer 3 stages", 128, "forward", one(3)),
-    Variant("fwd128 1 consumer 4 stages, boxes to L2 by 128", 128, "forward", one(4), promotion=2),
-    Variant("fwd128 2 consumers 3 stages", 128, "forward", two(3)),
-    Variant("fwd128 2 consumers 2 stages", 128, "forward", two(2)),
-    Variant("fwd128 2 consumers in turn, 4 stages", 128, "forward", turns(4)),
-    Variant("fwd128 portable 2 stages x2", 128, "forward", hopper=False),
-    Variant("bwd128 paired 3 stages", 128, "backward", paired(3)),
-    Variant("bwd128 paired 3 stages, planned as 2 slots a SM", 128, "backward", paired(3, 2)),
-    Variant("bwd128 paired 2 stages", 128, "backward", paired(2)),
-    Variant("bwd128 apart 2 consumers 3 stages", 128, "backward", two(3)),
-    Variant("bwd128 apart 1 consumer 4 stages", 128, "backward", one(4)),
-    Variant("bwd128 portable", 128, "backward", hopper=False),
-    Variant("high128 2 consumers 3 stages", 128, "high", two(3)),
-    Variant("high128 1 consumer 4 stages", 128, "high", one(4)),
-    Variant("fwd64 in turn 6 stages", 64, "forward", turns(6)),
-    Variant("fwd64 in turn 5 stages", 64, "forward", turns(5)),
-    Variant("fwd64 1 consumer 3 stages x2", 64, "forward", one(3, 2)),
-    Variant("fwd64 1 consumer 6 stages", 64, "forward", one(6)),
-    Variant("fwd64 portable", 64, "forward", hopper=False),
-    Variant("bwd64 paired 5 stages", 64, "backward", paired(5, width=64)),
-    Variant("bwd64 paired 5 stages, 2 slots a SM", 64, "backward", paired(5, 2, width=64)),
-    Variant("bwd64 paired 4 stages", 64, "backward", paired(4, width=64)),
-    Variant("bwd64 in turn 6 stages", 64, "backward", turns(6)),
-    Variant("bwd64 1 consumer 3 stages x2", 64, "backward", one(3, 2)),
-    Variant("bwd64 1 consumer 6 stages", 64, "backward", one(6)),
-    Variant("bwd64 portable", 64, "backward", hopper=False),
+    *(named(dim, kind, "Triton", None, backend="triton") for dim in (128, 64) for kind in KINDS),
+    named(128, "forward", "1 consumer 4 stages", one(4), defines=LATE),
+    named(128, "forward", "2 consumers 3 stages", two(3), defines=LATE),
+    named(128, "backward", "paired 3 stages ahead", paired(3), defines=EARLY),
+    named(128, "backward", "paired 3 stages", paired(3), defines=LATE),
+    named(128, "backward", "apart 2 consumers 3 stages ahead", two(3), defines=EARLY),
+    named(128, "backward", "apart 2 consumers 3 stages", two(3), defines=LATE),
+    named(64, "forward", "in turn 5 stages", turns(5), defines=LATE),
+    named(64, "forward", "in turn 4 stages ahead", turns(4), defines=EARLY),
+    named(64, "forward", "1 consumer 4 stages", one(4), defines=LATE),
+    named(64, "forward", "1 consumer 3 stages ahead", one(3), defines=EARLY),
+    named(64, "backward", "paired 4 stages ahead", paired(4, width=64), defines=EARLY),
+    named(64, "backward", "paired 5 stages", paired(5, width=64), defines=LATE),
+    named(64, "backward", "in turn 5 stages ahead", turns(5), defines=EARLY),
+    named(64, "backward", "in turn 6 stages ahead", turns(6), defines=EARLY),
+    named(64, "backward", "1 consumer 4 stages ahead", one(4), defines=EARLY),
+    named(64, "backward", "1 consumer 5 stages ahead", one(5), defines=EARLY),
+    named(64, "backward", "1 consumer 6 stages ahead", one(6), defines=EARLY),
 ]
 
 
@@ -106,10 +102,15 @@ VARIANTS = [
 def applied(variant):
     from kernels_cuda import tensor_map
 
-    before, promotion = dict(tiles.HOPPER_SCAN), tensor_map._PROMOTE_256B
+    before, promotion = dict(tiles.HOPPER_SCAN), tensor_map._PROMOTE_128B
     if variant.tile:
         tiles.HOPPER_SCAN[variant.dim, variant.kind] = variant.tile
-    tensor_map._PROMOTE_256B = variant.promotion
+        if (variant.dim, variant.kind) == (128, "forward"):
+            tiles.HOPPER_SCAN[128, "narrow"] = variant.tile
+    tensor_map._PROMOTE_128B = variant.promotion
+    source = Instance.source
+    macros = "".join(f"#define {x}\n" for x in variant.defines)
+    Instance.source = lambda self, *folders: macros + source(self, *folders)
     forget()
     try:
         with lightning.hopper_kernels(variant.hopper):
@@ -117,7 +118,7 @@ def applied(variant):
     finally:
         tiles.HOPPER_SCAN.clear()
         tiles.HOPPER_SCAN.update(before)
-        tensor_map._PROMOTE_256B = promotion
+        tensor_map._PROMOTE_128B, Instance.source = promotion, source
 
 
 def forget():
@@ -144,7 +145,11 @@ def compile_one(number):
         precision = "high" if variant.kind == "high" else "default"
         wanted = [lightning.instance_of(variant.dim, torch.bfloat16, tile, precision)]
         if tile.paired:
-            wanted.append(lightning.grads_of(variant.dim, torch.bfloat16, tile))
+            wanted.append(lightning.grads_of(torch.bfloat16, tile))
+        wanted.append(lightning.PREFIX)  # and what is compiled before a call is accepted
+        for kind in ("forward", "narrow" if variant.dim == 128 else "forward"):
+            tile = tiles.HOPPER_SCAN[variant.dim, kind]
+            wanted.append(lightning.instance_of(variant.dim, torch.bfloat16, tile, precision))
         try:
             for instance in wanted:
                 module.cubin(instance, "sm_90a")
@@ -155,12 +160,12 @@ def compile_one(number):
 
 def inputs_of(shape, dim):
     generator = torch.Generator("cuda").manual_seed(0)
-    size = (*shape, dim)
+    size = (*shape[:3], dim)
     made = [
         torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=generator)
         for _ in range(4)
     ]
-    return made, minimax_log_decay(shape[1], 0, 80).cuda()
+    return made, minimax_log_decay(shape[1], *(shape[3:] or [0]), 80).cuda()
 
 
 def call_of(variant, tensors, g):
@@ -169,23 +174,14 @@ def call_of(variant, tensors, g):
         "backend": variant.backend,
         "precision": "high" if variant.kind == "high" else "default",
     }
+    if variant.kind == "decode":
+        state = torch.ones(*q.shape[:2], 128, 128, device="cuda")
+        return lambda: lightning_decode_(q, k, v, g, state, backend=variant.backend)
     if variant.kind != "backward":
         return lambda: lightning_attention(q, k, v, g, **flags).output
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     output = lightning_attention(*leaves, g, **flags).output
     return lambda: torch.autograd.grad(output, leaves, do, retain_graph=True)
-
-
-def milliseconds(call):
-    from triton.testing import do_bench_cudagraph
-
-    return do_bench_cudagraph(call, rep=40, return_mode="median")
-
-
-def copy_gbps():
-    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    return 2 * x.numel() / milliseconds(lambda: y.copy_(x)) / 1e6
 
 
 def measure(variant, shape, tensors, g, rate, expected):
@@ -199,9 +195,13 @@ def measure(variant, shape, tensors, g, rate, expected):
             ((x.float() - y.float()).norm() / y.float().norm()).item()
             for x, y in zip(results, first, strict=True)
         )
-        ms = milliseconds(call)
-    touched = 7 if variant.kind == "backward" else 4
-    floor = touched * tensors[0].numel() * 2 / rate / 1e6
+        touched = 7 if variant.kind == "backward" else 4
+        size = touched * tensors[0].numel() * 2
+        if variant.kind == "decode":
+            size += 2 * 4 * tensors[0].numel() * 128
+        timed = timing.measure(call, device="cuda", working_set_bytes=size, budget_s=0.3)
+        ms = timed.statistics()["ms_median"]
+    floor = size / rate / 1e6
     return f"{ms:9.4f} ms {floor / ms:6.1%}  from the first {apart:.1e}"
 
 
@@ -209,18 +209,24 @@ def variants_of(dim, shape):
     """Those that a shape tells something of."""
     for variant in VARIANTS:
         short = shape[2] == 512 and variant.kind == "backward"
+        short |= (shape[2] == 1) != (variant.kind == "decode")
         other = variant.kind == "high" and shape != (1, 64, 65536)
         if variant.dim == dim and not short and not other:
             yield variant
 
 
-def main(budget):
-    start, rate, expected = time.perf_counter(), copy_gbps(), {}
+def main(budget, only=""):
+    start, expected = time.perf_counter(), {}
+    rate = timing.measure_ceilings("cuda", torch.bfloat16).copy_gbps
     print(f"{torch.cuda.get_device_name()}: copy {rate:.0f} GB/s", flush=True)
+    empty = timing.measure(
+        lambda: torch.cuda._sleep(0), device="cuda", working_set_bytes=0, budget_s=1.0
+    )
+    print(f"a kernel that does nothing: {empty.statistics()['ms_median']:.4f} ms")
     for dim, shape in [(dim, shape) for dim, shapes in SHAPES.items() for shape in shapes]:
         tensors, g = inputs_of(shape, dim)
         expected.clear()
-        for variant in variants_of(dim, shape):
+        for variant in 2 * [v for v in variants_of(dim, shape) if v.name.startswith(only)]:
             if time.perf_counter() - start > budget:
                 print("budget used up")
                 return
@@ -238,4 +244,4 @@ if __name__ == "__main__":
             for failure in filter(None, pool.map(compile_one, range(len(VARIANTS)))):
                 print("not compiled:", failure)
     else:
-        main(float(sys.argv[1]))
+        main(float(sys.argv[1]), *sys.argv[2:])

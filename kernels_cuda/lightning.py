@@ -9,7 +9,7 @@ log_decay `[H]` float32, all on one device; states `[B or documents, H, K, V]` f
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -83,20 +83,21 @@ def tile_of(
 ) -> Tile:
     """Tile of the scans of a call, the same for all of them so that they share a schedule.
 
-    `num_heads` counts those of all sequences; 0 stands for many.
+    `num_heads` counts those of all sequences, `num_tokens` the tokens of all heads; 0 stands for many.
     """
     kind = "high" if precision == "high" else "backward" if backward else "forward"
     dims = max(key_dim, value_dim), min(key_dim, value_dim)
-    few = 0 < num_heads <= tiles.FEW_HEADS and num_tokens <= tiles.FEW_TOKENS
-    return _tile_of(*dims, device, kind, _hopper, few)
+    return _tile_of(*dims, device, kind, _hopper, num_heads, num_tokens)
 
 
-@cache
+@lru_cache(1024)  # packs differ in length
 def _tile_of(
-    large: int, small: int, device: torch.device, kind: str, hopper: bool, few: bool
+    large: int, small: int, device: torch.device, kind: str, hopper: bool, *counts: int
 ) -> Tile:
     capability = module.loader.capability(device)
-    special = tiles.hopper_tile(large, small, kind, few) if hopper and capability[0] == 9 else None
+    special = None
+    if hopper and capability[0] == 9:
+        special = tiles.hopper_tile(large, small, kind, *counts)
     return special or tiles.scan_tile(large, capability)
 
 
@@ -108,9 +109,9 @@ def instance_of(b_dim: int, dtype: torch.dtype, tile: Tile, precision: str) -> I
 
 
 @cache
-def grads_of(dim: int, dtype: torch.dtype, tile: Tile) -> Instance:
+def grads_of(dtype: torch.dtype, tile: Tile) -> Instance:
     """The kernel that runs the three scans of a backward with a paired tile."""
-    return tiles.grads_instance(ELEMENTS[dtype], dim, tile)
+    return tiles.grads_instance(ELEMENTS[dtype], tile)
 
 
 def why_not(
@@ -118,8 +119,10 @@ def why_not(
 ) -> str | None:
     """Why the kernels of a call can't be had (its dims and dtype being right), None if they can."""
     device = module.current_device(device_type)
-    tile = tile_of(key_dim, value_dim, dtype, device, precision)
-    instances = [instance_of(dim, dtype, tile, precision) for dim in {key_dim, value_dim}]
+    kind = key_dim, value_dim, dtype, device, precision
+    chosen = {tile_of(*kind, num_tokens=n) for n in (0, 1)}
+    dims = {key_dim, value_dim}
+    instances = [instance_of(n, dtype, tile, precision) for tile in chosen for n in dims]
     limit = tiles.shared_kib(module.loader.capability(device)) << 10
     needed = max(instance.shared_bytes for instance in instances)
     if needed > limit:
@@ -189,7 +192,7 @@ def launch_scans(
     grid = units.shape[0] * heads_per_row * len(scans) * (c.shape[3] // tile.width)
     instance = instance_of(b.shape[3], b.dtype, tile, precision)
     if tile.paired and len(scans) == 3:
-        instance, grid = grads_of(b.shape[3], b.dtype, tile), units.shape[0] * heads_per_row * 2
+        instance, grid = grads_of(b.dtype, tile), units.shape[0] * heads_per_row * 2
     module.kernel(instance, b.device)(grid, params, b.device)
 
 

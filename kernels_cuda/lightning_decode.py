@@ -13,7 +13,7 @@ from kernels_cuda import module
 from kernels_cuda.lightning import ELEMENTS
 from kernels_cuda.module import Instance
 
-NUM_THREADS = 256
+NUM_THREADS, MAX_WIDTH = 512, 64  # of a block: it takes so many values of a head at most
 
 
 # `DecodeParams` of src/decode.cu.
@@ -28,12 +28,13 @@ _DECODE_PARAMS = struct.Struct(
 @cache
 def instance_of(key_dim: int, value_dim: int, dtype: torch.dtype, vector: int) -> Instance:
     """The kernel that loads `vector` values of a state at once (4, or 1 where it isn't aligned)."""
-    rows = NUM_THREADS * vector // value_dim
+    width = min(MAX_WIDTH, value_dim)
+    rows = NUM_THREADS * vector // width
     return Instance(
         name="decode",
         arguments=f"{ELEMENTS[dtype]}, {key_dim}, {value_dim}, {vector}",
         num_threads=NUM_THREADS,
-        shared_bytes=4 * (2 * key_dim + rows * value_dim),
+        shared_bytes=4 * (2 * key_dim + rows * width),
     )
 
 
@@ -77,5 +78,6 @@ def decode_(
     together = state.data_ptr() // 4 | strides[0] | strides[1] | strides[2]
     vector = 4 if together % 4 == 0 else 1
     instance = instance_of(key.shape[3], value.shape[3], query.dtype, vector)
-    module.kernel(instance, state.device)(batch * heads, params, state.device)
+    num_blocks = batch * heads * -(-value.shape[3] // MAX_WIDTH)
+    module.kernel(instance, state.device)(num_blocks, params, state.device)
     return output

@@ -14,7 +14,7 @@ ELEMENT_BYTES = 2
 BOX = 64  # tokens and columns that are copied at once
 RANK = 4
 # Values of the driver's enums (cuda.h).
-_UINT16, _NOT_INTERLEAVED, _SWIZZLE_128B, _PROMOTE_256B, _FILL_ZEROS = 1, 0, 3, 3, 0
+_UINT16, _NOT_INTERLEAVED, _SWIZZLE_128B, _PROMOTE_128B, _FILL_ZEROS = 1, 0, 3, 2, 0
 
 
 @cache
@@ -53,7 +53,7 @@ def _encoded(address: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> b
         ctypes.c_void_p(ctypes.addressof(storage) + offset), _UINT16, RANK, ctypes.c_void_p(address),
         (c_uint64 * RANK)(*sizes), (c_uint64 * (RANK - 1))(*strides),
         (c_uint32 * RANK)(BOX, BOX, 1, 1), (c_uint32 * RANK)(1, 1, 1, 1),
-        _NOT_INTERLEAVED, _SWIZZLE_128B, _PROMOTE_256B, _FILL_ZEROS,
+        _NOT_INTERLEAVED, _SWIZZLE_128B, _PROMOTE_128B, _FILL_ZEROS,
     )  # fmt: skip
     if code != 0:
         raise ValueError(

@@ -18,8 +18,9 @@ class Tile:
 
     `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
     `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each or, if
-    that is more than the width, take turns at the same. If `paired`, one program runs the scans of dk
-    and dv, and counts as two. Both programs of a cluster of two share their copies of a and b.
+    that is more than the width, take turns at the same. If `paired`, a program runs the scans of dk and dv,
+    another that of dq, and both count as one. Both programs of a cluster of two share their copies of a
+    and b.
     """
 
     num_stages: int
@@ -29,11 +30,6 @@ class Tile:
     consumers: int = 0
     paired: bool = False
     cluster_size: int = 1
-
-    @property
-    def blocks_per_sm(self) -> int:
-        """Blocks that a multiprocessor holds at once."""
-        return self.programs_per_sm // 2 if self.paired else self.programs_per_sm
 
 
 # By the shared memory of a multiprocessor in KiB, which tells architectures apart here, and by the
@@ -78,28 +74,36 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
 
 OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cuh
 
-# Of the kernels for Hopper, by the larger head dim and what asks. Two consumers share their copies; a
-# "narrow" tile, for unequal head dims, also fills more of a GPU where heads are few and sequences short.
-# "cluster" is another way to share copies, which nothing asks for unless it is put in "forward"'s place
-# (bench/cuda_variants.py).
-FEW_HEADS, FEW_TOKENS = 66, 8192  # of all sequences, and of each: half of an H200's multiprocessors
+# Of the kernels for Hopper, by the larger head dim and what asks. Two consumers share their copies; with
+# one, two blocks share them in L2 as long as they keep together, and half as many segments are needed: the
+# "narrow" tile serves short forwards, and unequal head dims. A pair of dk and dv shares its copies, and scans
+# apart need a third of its segments: so they serve short backwards, and of few heads, which forget more
+# slowly, longer ones. "cluster" is another way to share copies, which nothing asks for unless it is put in
+# another's place.
+SHORT, SHORT_BACKWARD = 8 << 20, 512 << 10  # tokens of all heads
+FEW_HEADS = 15  # whose backward is short where a forward is
 HOPPER_SCAN = {
-    (64, "forward"): Tile(num_stages=6, programs_per_sm=1, consumers=2),
-    (64, "backward"): Tile(num_stages=5, programs_per_sm=3, consumers=2, paired=True),
+    (64, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=2),
+    (64, "backward"): Tile(num_stages=5, programs_per_sm=1, consumers=2),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
     (128, "forward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
-    (128, "backward"): Tile(num_stages=3, programs_per_sm=3, consumers=2, width=128, paired=True),
+    (128, "backward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128, paired=True),
     (128, "cluster"): Tile(num_stages=4, programs_per_sm=1, consumers=1, cluster_size=2),
     (128, "narrow"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
 }
 
 
-def hopper_tile(large: int, small: int, kind: str, few: bool = False) -> Tile | None:
-    """Tile of the kernel for Hopper; two consumers want both head dims, and many heads, to fill them."""
+def hopper_tile(large: int, small: int, kind: str, num_heads: int, num_tokens: int) -> Tile | None:
+    """Tile of the kernel for Hopper; counts are those of `kernels_cuda.lightning.tile_of`."""
     if large != small:
         return None if kind == "high" else HOPPER_SCAN[large, "narrow"]
-    return HOPPER_SCAN[large, "narrow" if few and (large, kind) == (128, "forward") else kind]
+    tile = HOPPER_SCAN[large, kind]
+    if kind == "forward" and large == 128 and 0 < num_tokens <= SHORT:
+        return HOPPER_SCAN[128, "narrow"]
+    if tile.paired and 0 < num_tokens <= (SHORT if num_heads <= FEW_HEADS else SHORT_BACKWARD):
+        return HOPPER_SCAN[128, "forward"]
+    return tile
 
 
 def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance:
@@ -119,15 +123,13 @@ def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instan
     )
 
 
-def grads_instance(element: str, dim: int, tile: Tile) -> Instance:
+def grads_instance(element: str, tile: Tile) -> Instance:
     """The kernel for Hopper that runs the scans of dq, dk and dv, of which dk and dv share a block."""
-    box, wide = 2 * CHUNK * 64, dim == 128
-    ring = tile.num_stages * 4 * box * (dim // 64)
-    buffers = 4 * box * (1 if wide else 2)
-    stages_of_dq = tile.num_stages if wide else tile.num_stages * 4 // 3
+    box = 2 * CHUNK * 64
+    ring, buffers = tile.num_stages * 4 * 2 * box, 4 * box
     return Instance(
         name="hopper_grads",
-        arguments=f"{element}, {dim}, {tile.num_stages}",
+        arguments=f"{element}, {tile.num_stages}",
         num_threads=384,
-        shared_bytes=ring + buffers + 2 * OWN_BYTES + 2 * 8 * stages_of_dq,
+        shared_bytes=ring + buffers + 2 * OWN_BYTES + 2 * 8 * tile.num_stages,
     )

@@ -61,7 +61,7 @@ def kernels(request):
         return
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
-    request.getfixturevalue("many_heads")
+    request.getfixturevalue("many_tokens")
     with lightning.hopper_kernels():
         yield request.param
 
@@ -74,9 +74,10 @@ def portable():
 
 
 @pytest.fixture
-def many_heads(monkeypatch):
-    """Tiles as for many heads, however few there are."""
-    monkeypatch.setattr(tiles, "FEW_HEADS", 0)
+def many_tokens(monkeypatch):
+    """Tiles as for many tokens, however few there are."""
+    monkeypatch.setattr(tiles, "SHORT", 0)
+    monkeypatch.setattr(tiles, "SHORT_BACKWARD", 0)
 
 
 @on_host
@@ -114,31 +115,34 @@ def test_a_single_token_is_not_rounded_on_its_way_into_the_state(kernels, dims, 
         assert found[name].rms < 1e-6
 
 
+COUNTS = {  # heads, tokens of all heads: whether a forward is narrow, and whether a backward is paired
+    (64, 512 << 10): (True, False),
+    (15, 8 << 20): (True, False),
+    (16, 8 << 20): (True, True),
+    (1, (8 << 20) + 1): (False, True),
+    (0, 0): (False, True),
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_few_tokens_and_few_heads_have_tiles_of_their_own(counts):
+    narrow, paired = COUNTS[counts]
+    forward, backward = (
+        tiles.hopper_tile(128, 128, kind, *counts) for kind in ("forward", "backward")
+    )
+    assert (forward.consumers == 1, backward.paired) == (narrow, paired)
+
+
 @pytest.mark.parametrize(("mode", "segments"), MODES[:3])
-def test_scans_of_dk_and_dv_are_right_in_blocks_of_their_own(mode, segments, monkeypatch, device):
+def test_tiles_of_few_tokens_are_right(mode, segments, device):
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
-    apart = replace(tiles.HOPPER_SCAN[128, "backward"], paired=False, programs_per_sm=1)
-    monkeypatch.setitem(tiles.HOPPER_SCAN, (128, "backward"), apart)
     with lightning.hopper_kernels(), schedules.forced_plan(mode, segments):
         assert_right("cuda", inputs_of(device, T=333, dims=(128, 128)))
 
 
-@pytest.mark.parametrize(("mode", "segments"), MODES[:3])
-def test_short_forwards_of_few_heads_have_narrow_tiles(mode, segments, device):
-    if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs a Hopper GPU")
-    inputs = inputs_of(device, T=333, dims=(128, 128))
-    with lightning.hopper_kernels(), schedules.forced_plan(mode, segments):
-        kind = 128, 128, torch.bfloat16, inputs.key.device, "default"
-        assert lightning.tile_of(*kind, num_heads=66, num_tokens=333).consumers == 1
-        for many in ({"num_heads": 67, "num_tokens": 333}, {"num_heads": 1, "num_tokens": 8193}):
-            assert lightning.tile_of(*kind, **many).consumers == 2
-        assert_right("cuda", inputs)
-
-
 @pytest.fixture
-def clusters(monkeypatch, many_heads):
+def clusters(monkeypatch, many_tokens):
     """Forwards at D = 128 by clusters of two blocks."""
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
@@ -642,6 +646,23 @@ def test_a_kernel_that_does_not_fit_is_refused(monkeypatch):
     assert attnlab.why_not("lightning_attention", "cuda", wide) is None
     high = replace(wide, precision="high")
     assert "shared memory" in attnlab.why_not("lightning_attention", "cuda", high)
+
+
+@on_host
+def test_a_tile_of_few_tokens_that_cannot_be_compiled_is_refused_before_a_call(monkeypatch):
+    loader = HostLoader((9, 0))
+    load = loader.load
+
+    def fail_for_one_consumer(instance, device):
+        if instance.name == "hopper_scan" and "128, 1, 4" in instance.arguments:
+            raise module.KernelError("kernel narrow could not be compiled")
+        return load(instance, device)
+
+    monkeypatch.setattr(loader, "load", fail_for_one_consumer)
+    use_loader(monkeypatch, loader)
+    wide = replace(PROBLEM, key_dim=128, value_dim=128)
+    assert "narrow" in attnlab.why_not("lightning_attention", "cuda", wide)
+    assert attnlab.why_not("lightning_attention", "cuda", PROBLEM) is None
 
 
 @on_host

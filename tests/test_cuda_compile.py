@@ -39,7 +39,7 @@ def instances(capability):
             precision = "high" if kind == "high" else "default"
             yield lightning.instance_of(dim, dtype, tile, precision), tile
             if tile.paired:
-                yield lightning.grads_of(dim, dtype, tile), tile
+                yield lightning.grads_of(dtype, tile), tile
             if kind == "narrow":  # dims: that of b may be the smaller
                 yield lightning.instance_of(64, dtype, tile, precision), tile
 
@@ -70,7 +70,7 @@ def test_every_instance_compiles_without_spills_and_fits(architecture, tmp_path)
         assert "Performance Loss" not in used["log"], (instance, used)  # products made to wait
         assert instance.shared_bytes <= limit, instance
         if tile is not None and not (instance.name == "scan" and "true" in instance.arguments):
-            together = tile.blocks_per_sm
+            together = tile.programs_per_sm
             reserved = 1024  # bytes of each block's shared memory
             assert together * (instance.shared_bytes + reserved) <= limit + reserved, instance
             assert together * instance.num_threads * used["registers"] <= REGISTERS_OF_SM, used

@@ -3,9 +3,10 @@
 //     S <- exp(g) S + k v^T        o = scale q^T S
 //
 // The state [K, V] float32 of each head is read and written once: 8 K V bytes are all that counts. A
-// block takes one head of one sequence; a thread follows VECTOR neighbouring values of every ROWS-th
-// key, and holds a batch of loads in flight. States are rows of a pool, of which `slots` names each
-// sequence's own. Offsets are 64-bit. All arithmetic is float32.
+// block takes up to MAX_WIDTH values of one head of one sequence; a thread follows VECTOR neighbouring
+// ones of every ROWS-th key, and asks for its first batch of keys before it waits for anything. States
+// are rows of a pool, of which `slots` names each sequence's own. Offsets are 64-bit. All arithmetic is
+// float32.
 //
 // Legend: B sequences, H heads, P rows of the state pool, K key dim, V value dim.
 #include "ptx.cuh"
@@ -22,8 +23,9 @@ struct DecodeParams {
     int num_heads;
 };
 
-constexpr int NUM_THREADS = 256;
-constexpr int BATCH = 8;  // keys whose loads are in flight at once
+constexpr int NUM_THREADS = 512;
+constexpr int MAX_WIDTH = 64;  // values that a block takes
+constexpr int BATCH = 4;       // keys whose loads a thread has in flight at once
 
 template <int N>
 struct alignas(4 * N) Vector {
@@ -35,44 +37,53 @@ __device__ float widened(const unsigned short* x) { return E::first(*x); }
 
 template <class E, int K, int V, int VECTOR>
 struct Decode {
-    static constexpr int COLUMNS = V / VECTOR;            // threads that share a key
+    static constexpr int WIDTH = V < MAX_WIDTH ? V : MAX_WIDTH, TILES = V / WIDTH;
+    static constexpr int COLUMNS = WIDTH / VECTOR;        // threads that share a key
     static constexpr int ROWS = NUM_THREADS / COLUMNS;    // keys that are worked on at once
-    static_assert(K % (ROWS * BATCH) == 0 || K % ROWS == 0, "whole rounds of keys");
+    static constexpr int ROUNDS = K / ROWS, TOGETHER = ROUNDS < BATCH ? ROUNDS : BATCH;
+    static_assert(K % ROWS == 0 && ROUNDS % TOGETHER == 0, "whole rounds of keys");
+    using Loads = Vector<VECTOR>[TOGETHER];
 
     struct Shared {
         float q[K], k[K];
-        float sums[ROWS][V];  // each row's share of the output
+        float sums[ROWS][WIDTH];  // each row's share of the output
     };
 
     static __device__ void run(const DecodeParams& params, Shared& shared) {
-        const int head = blockIdx.x % params.num_heads, t = threadIdx.x;
-        const int64 sequence = blockIdx.x / params.num_heads;
+        const int task = blockIdx.x / TILES, head = task % params.num_heads, t = threadIdx.x;
+        const int64 sequence = task / params.num_heads;
+        const int row = t / COLUMNS, column = blockIdx.x % TILES * WIDTH + t % COLUMNS * VECTOR;
+        const int64 stride = params.state_strides[2];
+        float* state = params.state + slot(params, sequence) * params.state_strides[0]
+                     + head * params.state_strides[1] + row * stride + column;
+        Loads loads;
+        load(loads, state, stride);  // before anything waits
         const unsigned short* q = params.q + sequence * params.q_strides[0] + head * params.q_strides[1];
         const unsigned short* k = params.k + sequence * params.k_strides[0] + head * params.k_strides[1];
         const unsigned short* v = params.v + sequence * params.v_strides[0] + head * params.v_strides[1];
-        if (t < K) {
-            shared.q[t] = widened<E>(q + t) * params.scale;
-            shared.k[t] = widened<E>(k + t);
+        for (int i = t; i < K; i += NUM_THREADS) {
+            shared.q[i] = widened<E>(q + i) * params.scale;
+            shared.k[i] = widened<E>(k + i);
         }
-        __syncthreads();  // protects q and k: all are there
-        const int row = t / COLUMNS, column = t % COLUMNS * VECTOR;
         float values[VECTOR], sums[VECTOR] = {};
 #pragma unroll
         for (int n = 0; n < VECTOR; ++n) values[n] = widened<E>(v + column + n);
         const float decay = expf(params.log_decay[head]);
-        float* state = params.state + slot(params, sequence) * params.state_strides[0]
-                     + head * params.state_strides[1] + column;
-        step(state, params.state_strides[2], row, decay, shared, values, sums);
+        __syncthreads();  // protects q and k: all are there
+        for (int first = 0; first < ROUNDS; first += TOGETHER) {
+            if (first > 0) load(loads, state + first * ROWS * stride, stride);
+            step(loads, state + first * ROWS * stride, stride, first * ROWS + row, decay, shared, values, sums);
+        }
 #pragma unroll
-        for (int n = 0; n < VECTOR; ++n) shared.sums[row][column + n] = sums[n];
+        for (int n = 0; n < VECTOR; ++n) shared.sums[row][t % COLUMNS * VECTOR + n] = sums[n];
         __syncthreads();  // protects the sums: all rows are there
-        if (t < V / 2) {
+        if (t < WIDTH / 2) {
             float first = 0.0f, second = 0.0f;
             for (int r = 0; r < ROWS; ++r) {
                 first += shared.sums[r][2 * t];
                 second += shared.sums[r][2 * t + 1];
             }
-            *(uint32*)(params.out + (int64)blockIdx.x * V + 2 * t) = E::pack(first, second);
+            *(uint32*)(params.out + (int64)blockIdx.x * WIDTH + 2 * t) = E::pack(first, second);
         }
     }
 
@@ -82,26 +93,24 @@ struct Decode {
         return params.slots_64 ? params.slots_64[sequence] : sequence;
     }
 
-    // Update every ROWS-th key of this thread's columns, and add up what they give.
+    // Every ROWS-th key of this thread's columns.
+    static __device__ void load(Loads& loads, const float* state, int64 stride) {
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) loads[i] = *(const Vector<VECTOR>*)(state + i * ROWS * stride);
+    }
+
+    // Update them, and add up what they give.
     static __device__ void step(
-        float* state, int64 stride, int row, float decay, const Shared& shared,
+        Loads& loads, float* state, int64 stride, int key, float decay, const Shared& shared,
         const float (&values)[VECTOR], float (&sums)[VECTOR]) {
-        constexpr int ROUNDS = K / ROWS, TOGETHER = ROUNDS < BATCH ? ROUNDS : BATCH;
-        for (int first = 0; first < ROUNDS; first += TOGETHER) {
-            Vector<VECTOR> loaded[TOGETHER];
 #pragma unroll
-            for (int i = 0; i < TOGETHER; ++i)
-                loaded[i] = *(const Vector<VECTOR>*)(state + ((first + i) * ROWS + row) * stride);
+        for (int i = 0; i < TOGETHER; ++i) {
 #pragma unroll
-            for (int i = 0; i < TOGETHER; ++i) {
-                const int key = (first + i) * ROWS + row;
-#pragma unroll
-                for (int n = 0; n < VECTOR; ++n) {
-                    loaded[i].x[n] = loaded[i].x[n] * decay + shared.k[key] * values[n];
-                    sums[n] += shared.q[key] * loaded[i].x[n];
-                }
-                *(Vector<VECTOR>*)(state + key * stride) = loaded[i];
+            for (int n = 0; n < VECTOR; ++n) {
+                loads[i].x[n] = loads[i].x[n] * decay + shared.k[key + i * ROWS] * values[n];
+                sums[n] += shared.q[key + i * ROWS] * loads[i].x[n];
             }
+            *(Vector<VECTOR>*)(state + i * ROWS * stride) = loads[i];
         }
     }
 };

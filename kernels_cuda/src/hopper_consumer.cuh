@@ -160,12 +160,17 @@ struct Consumer {
         }
     }
 
+    // Whether a stage is released in the middle of its turn, when nothing is left to read of it (but the last
+    // chunk's, which is read again), or at the end. Copies then run ahead by most of a stage more: too many
+    // at once slow a forward down.
+    __device__ bool releases_early() const { return C_DIM == 0 && all.scan.num_scans > 1; }
+
     // Outputs of `left` chunks, the first of them in `slot`.
     __device__ void every(Left& added, Slot& slot, int left, int token, float past) {
         if (left > 0) begin(added, slot, past);
         if constexpr (EARLY) {
             for (int buffer = 0; left > 0; --left, token += step(), buffer ^= 1) {
-                const bool more = left > 1;
+                const bool more = left > 1, early = more && releases_early();
                 const Slot next = more ? slot.next() : slot;
                 write(added, slot, 0);
                 weigh();
@@ -175,6 +180,7 @@ struct Consumer {
                 products_wait<1>();
                 keep(sums);
                 keep(state[0]);
+                release(slot, early);
                 put_outputs(buffer);
                 read_state(next, 0);
                 products_wait<1>();
@@ -183,7 +189,7 @@ struct Consumer {
                 prepare(added, next, 0, more ? past : 1.0f);
                 products_wait<0>();
                 keep(sums);
-                release(slot);
+                release(slot, !early);
                 slot = slot.next();
             }
             return;
@@ -236,7 +242,7 @@ struct Consumer {
             store_box(all.maps[index][3], at.out[buffer], column, token, course.head, course.batch);
     }
 
-    // The same, with the other consumer's chunks between its own.
+    // The same, with the other consumer's chunks between its own, and stages released early.
     __device__ void every_other(Left& added, Slot& slot, int left, int token, float past) {
         if (group == 1 && left > 0) {
             pass(added, slot, past);
@@ -256,6 +262,7 @@ struct Consumer {
             products_wait<1>();
             keep(sums);
             keep(state[0]);
+            release(slot, more);
             prepare(added, others, 0, past);
             write(added, others, 0);
             put_outputs(buffer);
@@ -268,7 +275,7 @@ struct Consumer {
             prepare(added, next, 0, more ? past : 1.0f);
             products_wait<0>();
             keep(sums);
-            release(slot);
+            release(slot, !more);
             slot = others.next();
         }
         if (left > 0) {
@@ -289,12 +296,12 @@ struct Consumer {
 
     __device__ void wait_full(const Slot& slot) { at.full[slot.stage].wait_together(slot.parity); }
 
-    // To all blocks of the cluster, since each copies for all.
-    __device__ void release(const Slot& slot) {
+    // If it is `done` with the stage. To all blocks of the cluster, since each copies for all.
+    __device__ void release(const Slot& slot, bool done = true) {
         if constexpr (CLUSTER_SIZE == 1) {
-            if (lane == 0) at.empty[slot.stage].arrive();
+            if (done && lane == 0) at.empty[slot.stage].arrive();
         } else {
-            if (lane < CLUSTER_SIZE) at.empty[slot.stage].arrive_in(lane);
+            if (done && lane < CLUSTER_SIZE) at.empty[slot.stage].arrive_in(lane);
         }
     }
 
