@@ -128,7 +128,7 @@ def trained_of(folder: str) -> Trained:
     return trained
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _loaded(folder: str, device: str) -> Loaded:
     return evaluate.load(Path(folder), device=device)
 

@@ -105,11 +105,11 @@ def now_utc() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def append_row(path: Path, row: Row) -> None:
-    """Add one row and see it to the disk before returning."""
-    line = json.dumps(row, allow_nan=False, separators=(",", ":"))
+def append_row(path: Path, *rows: Row) -> None:
+    """Add one row, or those of one unit, and see them to the disk before returning."""
+    lines = [json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n" for row in rows]
     with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write("".join(lines))
         file.flush()
         os.fsync(file.fileno())
 

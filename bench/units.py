@@ -126,10 +126,10 @@ def run_units(
             found[0]["point_s"] = round(taken, 3)
             print(_outcome(found), flush=True)
         pred_ms = None if predicted is None else predicted * 1e3
-        for row in found:
-            whole = _whole(sweep, row, mark, name, len(found)) | {"pred_ms": pred_ms}
-            rows.append_row(sweep.folder / "rows.jsonl", whole)
-            collected.append(whole)
+        whole = [_whole(sweep, row, mark, name, len(found)) for row in found]
+        whole = [row | {"pred_ms": pred_ms} for row in whole]
+        rows.append_row(sweep.folder / "rows.jsonl", *whole)
+        collected += whole
     worker.close()
     if num_skipped:
         print(f"{num_skipped} more would take too long or too much memory; their rows say how much")
