@@ -66,35 +66,38 @@ def turns(stages):
     return Tile(num_stages=stages, programs_per_sm=1, consumers=2)
 
 
-def paired(stages, per_sm=3, width=128):
-    return Tile(num_stages=stages, programs_per_sm=per_sm, consumers=2, width=width, paired=True)
+def paired(stages):
+    return Tile(num_stages=stages, programs_per_sm=1, consumers=2, width=128, paired=True)
 
 
 def named(dim, kind, name, tile, **options):
     return Variant(f"{NAMES.get(kind, kind)}{dim} {name}", dim, kind, tile, **options)
 
 
-LATE, EARLY = ("RELEASE_AHEAD false",), ("RELEASE_AHEAD true",)
-
 VARIANTS = [
     *(named(dim, kind, "Triton", None, backend="triton") for dim in (128, 64) for kind in KINDS),
-    named(128, "forward", "1 consumer 4 stages", one(4), defines=LATE),
-    named(128, "forward", "2 consumers 3 stages", two(3), defines=LATE),
-    named(128, "backward", "paired 3 stages ahead", paired(3), defines=EARLY),
-    named(128, "backward", "paired 3 stages", paired(3), defines=LATE),
-    named(128, "backward", "apart 2 consumers 3 stages ahead", two(3), defines=EARLY),
-    named(128, "backward", "apart 2 consumers 3 stages", two(3), defines=LATE),
-    named(64, "forward", "in turn 5 stages", turns(5), defines=LATE),
-    named(64, "forward", "in turn 4 stages ahead", turns(4), defines=EARLY),
-    named(64, "forward", "1 consumer 4 stages", one(4), defines=LATE),
-    named(64, "forward", "1 consumer 3 stages ahead", one(3), defines=EARLY),
-    named(64, "backward", "paired 4 stages ahead", paired(4, width=64), defines=EARLY),
-    named(64, "backward", "paired 5 stages", paired(5, width=64), defines=LATE),
-    named(64, "backward", "in turn 5 stages ahead", turns(5), defines=EARLY),
-    named(64, "backward", "in turn 6 stages ahead", turns(6), defines=EARLY),
-    named(64, "backward", "1 consumer 4 stages ahead", one(4), defines=EARLY),
-    named(64, "backward", "1 consumer 5 stages ahead", one(5), defines=EARLY),
-    named(64, "backward", "1 consumer 6 stages ahead", one(6), defines=EARLY),
+    named(128, "forward", "1 consumer 4 stages", one(4)),
+    named(128, "forward", "1 consumer 3 stages", one(3)),
+    named(128, "forward", "2 consumers 3 stages", two(3)),
+    named(128, "forward", "1 consumer 4 stages, clusters of 2", cluster(4)),
+    named(128, "forward", "1 consumer 4 stages, boxes to L2 by 256", one(4), promotion=3),
+    named(128, "forward", "portable 2 stages x2", None, hopper=False),
+    named(128, "backward", "paired 3 stages", paired(3)),
+    named(128, "backward", "apart 2 consumers 3 stages", two(3)),
+    named(128, "backward", "apart 1 consumer 4 stages", one(4)),
+    named(128, "backward", "portable", None, hopper=False),
+    named(128, "high", "2 consumers 3 stages", two(3)),
+    named(128, "high", "1 consumer 4 stages", one(4)),
+    named(128, "decode", "", None),
+    named(64, "forward", "in turn 5 stages", turns(5)),
+    named(64, "forward", "in turn 4 stages", turns(4)),
+    named(64, "forward", "1 consumer 3 stages x2", one(3, 2)),
+    named(64, "forward", "1 consumer 4 stages", one(4)),
+    named(64, "forward", "portable", None, hopper=False),
+    named(64, "backward", "in turn 5 stages", turns(5)),
+    named(64, "backward", "in turn 6 stages", turns(6)),
+    named(64, "backward", "1 consumer 4 stages", one(4)),
+    named(64, "backward", "portable", None, hopper=False),
 ]
 
 
@@ -103,10 +106,12 @@ def applied(variant):
     from kernels_cuda import tensor_map
 
     before, promotion = dict(tiles.HOPPER_SCAN), tensor_map._PROMOTE_128B
+    limits = tiles.SHORT_BACKWARD, tiles.FEW_HEADS
     if variant.tile:
         tiles.HOPPER_SCAN[variant.dim, variant.kind] = variant.tile
         if (variant.dim, variant.kind) == (128, "forward"):
             tiles.HOPPER_SCAN[128, "narrow"] = variant.tile
+        tiles.SHORT_BACKWARD = tiles.FEW_HEADS = -1  # or short calls would have another's tile
     tensor_map._PROMOTE_128B = variant.promotion
     source = Instance.source
     macros = "".join(f"#define {x}\n" for x in variant.defines)
@@ -118,6 +123,7 @@ def applied(variant):
     finally:
         tiles.HOPPER_SCAN.clear()
         tiles.HOPPER_SCAN.update(before)
+        tiles.SHORT_BACKWARD, tiles.FEW_HEADS = limits
         tensor_map._PROMOTE_128B, Instance.source = promotion, source
 
 
