@@ -245,8 +245,10 @@ def readme_table(path: Path) -> str:
 def _time_of(row: Row | None) -> str:
     if row is None:
         return "-"
-    ok = row["status"] == "ok"
-    return f"{row['ms_median']:.3g} ms" if ok else row["status"].replace("_", " ")
+    if row["status"] != "ok":
+        return row["status"].replace("_", " ")
+    ms = row["ms_median"]
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms"
 
 
 def _name_of_row(row: Row) -> str:

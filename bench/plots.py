@@ -41,6 +41,7 @@ from bench.lines import (
     lines_of,
 )
 from bench.parts_figure import make_parts_figure
+from bench.png import save_png
 
 # Okabe-Ito colours: cool ones for lightning, warm ones for softmax, neutral ones for the naive
 # definition and for the peer fla. Markers differ too, for print in black and white.
@@ -314,5 +315,5 @@ def write_figures(rows: Iterable[Row], folder: Path) -> list[Path]:
                 figure = make_parts_figure(group) if name == "parts" else make_figure(name, group)
                 if figure is not None:
                     paths.append(folder / figure_name(name, i))
-                    figure.savefig(paths[-1])
+                    save_png(figure, paths[-1])
     return paths

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from bench.fit import format_len
 from bench.lines import Row, format_bytes
+from bench.png import save_png
 from bench.probe_figures import make_horizon_figure, make_probe_figure
 from bench.published import make_ruler_figure
 from bench.recall_axes import (
@@ -309,5 +310,5 @@ def write_figures(rows: list[Row], folder: Path) -> dict[str, Path]:
             figure = make(rows)
             if figure is not None:
                 paths[name] = folder / f"{name}.png"
-                figure.savefig(paths[name])
+                save_png(figure, paths[name])
     return paths

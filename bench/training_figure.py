@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from attnlab.training.log import Record, read_log
 from bench.fit import format_len
 from bench.lines import format_count
+from bench.png import save_png
 
 COLOURS = {"lightning": "#0072B2", "softmax": "#D55E00", "hybrid": "#009E73"}
 MARKERS = {"3m": "^", "15m": "o", "100m": "s"}
@@ -125,7 +126,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    make_figure(runs).savefig(folder / "validation.png")
+    save_png(make_figure(runs), folder / "validation.png")
     print(table(runs))
     return 0
 

@@ -1,4 +1,4 @@
-"""Inputs of a measured call lie in memory as the backend's kernels take them."""
+"""Inputs of a measured call lie in memory as the backend's kernels take them; its check needs little."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import torch
 from bench import calls
 from bench.inputs import Source
 from bench.rows import Point
+from bench.worker import peak_bytes, trace_allocations
 
 POINT = Point(
     suite="ops", op="lightning", backend="torch", pass_="fwd", batch=2, heads=3, kv_heads=3,
@@ -22,3 +23,17 @@ def test_a_peer_that_takes_tokens_before_heads_need_not_copy(backend):
     theirs = calls._tensor("query", 3, replace(POINT, backend=backend), Source("random"), "cpu")
     assert torch.equal(ours, theirs)
     assert ours.is_contiguous() and theirs.transpose(1, 2).is_contiguous()
+
+
+def test_a_long_caches_check_takes_less_memory_than_the_cache():
+    point = replace(
+        POINT, op="softmax", backend="sdpa", pass_="decode", batch=1, heads=32, kv_heads=16,
+        q_len=4096, head_dim=64, value_dim=64,
+    )  # fmt: skip
+    call = calls.prepare(point, Source("random"), "cpu")
+    results = call.compute()
+    verdict, sizes = trace_allocations(lambda: call.judge(results))
+    assert verdict.worst.ratio <= 1
+    assert peak_bytes(sizes) < call.input_bytes
+    results["output"][:, 31] *= 1.01
+    assert call.judge(results).worst.ratio > 1
