@@ -80,8 +80,9 @@ OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cu
 # apart need a third of its segments: so they serve short backwards, and of few heads, which forget more
 # slowly, longer ones. "cluster" is another way to share copies, which nothing asks for unless it is put in
 # another's place.
-SHORT, SHORT_BACKWARD = 8 << 20, 512 << 10  # tokens of all heads
+SHORT, SHORT_BACKWARD = 8 << 20, (4 << 20) - 1  # tokens of all heads
 FEW_HEADS = 15  # whose backward is short where a forward is
+MANY_HEADS = 128  # that are never cut, or hardly, so that a pair costs no halo
 HOPPER_SCAN = {
     (64, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=2),
     (64, "backward"): Tile(num_stages=5, programs_per_sm=1, consumers=2),
@@ -101,8 +102,9 @@ def hopper_tile(large: int, small: int, kind: str, num_heads: int, num_tokens: i
     tile = HOPPER_SCAN[large, kind]
     if kind == "forward" and large == 128 and 0 < num_tokens <= SHORT:
         return HOPPER_SCAN[128, "narrow"]
-    if tile.paired and 0 < num_tokens <= (SHORT if num_heads <= FEW_HEADS else SHORT_BACKWARD):
-        return HOPPER_SCAN[128, "forward"]
+    if tile.paired and 0 < num_tokens and num_heads < MANY_HEADS:
+        short = num_tokens <= (SHORT if num_heads <= FEW_HEADS else SHORT_BACKWARD)
+        return HOPPER_SCAN[128, "forward"] if short else tile
     return tile
 
 

@@ -116,8 +116,11 @@ def test_a_single_token_is_not_rounded_on_its_way_into_the_state(kernels, dims, 
 
 
 COUNTS = {  # heads, tokens of all heads: whether a forward is narrow, and whether a backward is paired
-    (64, 512 << 10): (True, False),
+    (64, 64 << 12): (True, False),
+    (64, 64 << 16): (True, True),
+    (128, 128 << 13): (True, True),
     (15, 8 << 20): (True, False),
+    (16, 16 << 17): (True, False),
     (16, 8 << 20): (True, True),
     (1, (8 << 20) + 1): (False, True),
     (0, 0): (False, True),
