@@ -123,10 +123,18 @@ class LightningOps:
             )
         return self._decode_(query, key, value, log_decay, state, slots, float(scale))
 
-    def _tile_of(self, key: Tensor, value: Tensor, precision: str, **flags: bool) -> Any:
+    def _tile_of(
+        self,
+        key: Tensor,
+        value: Tensor,
+        precision: str,
+        cu_seqlens: Tensor | None = None,
+        **flags: bool,
+    ) -> Any:
         batch, heads, num_tokens, key_dim = key.shape
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         kind = key_dim, value.shape[3], key.dtype, key.device, precision
-        size = {"num_heads": batch * heads, "num_tokens": batch * heads * num_tokens}
+        size = {"num_heads": sequences * heads, "num_tokens": batch * heads * num_tokens}
         return self._kernels.tile_of(*kind, **size, **flags)
 
     def _attend(
@@ -145,7 +153,7 @@ class LightningOps:
         """Output, and final states (empty unless asked for)."""
         output = lightning_scans.empty_output(query, value)
         query, key, value = map(self._kernels.aligned, (query, key, value))
-        tile = self._tile_of(key, value, precision)
+        tile = self._tile_of(key, value, precision, cu_seqlens)
         schedule = schedule_of(Call(key, value, log_decay, cu_seqlens, tile, may_read))
         state = _empty_state(key, value, cu_seqlens, return_final_state)
         lightning_scans.forward(
@@ -191,7 +199,7 @@ class LightningOps:
         tensors = query, key, value, grad_output
         query, key, value, grad_output = map(self._kernels.aligned, tensors)
         num_scans = lightning_scans.scans_of_backward(key.shape[3], value.shape[3])
-        tile = self._tile_of(key, value, precision, backward=True)
+        tile = self._tile_of(key, value, precision, cu_seqlens, backward=True)
         schedule = schedule_of(Call(key, value, log_decay, cu_seqlens, tile, may_read, num_scans))
         grad_state = _empty_state(key, value, cu_seqlens, initial_state is not None)
         grads = lightning_scans.backward(

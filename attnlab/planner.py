@@ -29,7 +29,8 @@ MODES = ("single", "halo", "two-pass")
 class Machine:
     """What a plan is for: programs that run at once, programs a unit takes, tokens a chunk.
 
-    `num_scans` is how many scans those programs run, of which a first pass runs one at a time.
+    `num_scans`: how many scans `programs_per_unit` counts. A first pass runs one at a time, so that it has
+    that many times the slots.
     """
 
     slots: int
@@ -115,7 +116,8 @@ class _Work:
                 last = n - cut.starts[-1] + STATE_COST * cut.warms[-1] + UNIT_COST
                 slots += 1 / max(1, int((target + UNIT_COST) // last)) - 1
             units += self.sequences[n] * self.heads[halo] * slots
-        return units * self.machine.programs_per_unit <= waves * self.machine.slots
+        # Rounding of the parts of slots must not make an exact fit one too many.
+        return units * self.machine.programs_per_unit <= waves * self.machine.slots + 1e-6
 
     def first_pass(self, target: int, mode: str | None) -> float:
         """Chunks of time that the first of two passes takes, spread over the machine."""

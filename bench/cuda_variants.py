@@ -3,8 +3,7 @@
     python bench/cuda_variants.py --compile   # fills the cache of compiled kernels first
     python bench/cuda_variants.py 90 [fwd64]  # seconds, and what the names of variants begin with
 
-A variant: a name, the passes it matters to, a tile of the table of the kernels for Hopper, macros that
-its sources are compiled with. Each is timed as `bench/h200.py` times it, twice, all others in between.
+A variant: a name, the passes it matters to, a tile of the table of the kernels for Hopper. Each is timed as `bench/h200.py` times it, twice, all others in between.
 """
 
 import sys
@@ -22,8 +21,7 @@ from attnlab import schedules
 from attnlab.decay import minimax_log_decay
 from attnlab.functional import lightning_attention, lightning_decode_
 from bench import timing
-from kernels_cuda import lightning, module, tiles
-from kernels_cuda.module import Instance
+from kernels_cuda import lightning, lightning_decode, module, tiles
 from kernels_cuda.tiles import Tile
 
 KINDS = ("forward", "backward", "high", "decode")
@@ -47,7 +45,6 @@ class Variant:
     hopper: bool = True
     promotion: int = 2  # of a box to L2: 0 none, 1 64 B, 2 128 B, 3 256 B
     backend: str = "cuda"
-    defines: tuple[str, ...] = ()
 
 
 def one(stages, per_sm=1):
@@ -106,16 +103,13 @@ def applied(variant):
     from kernels_cuda import tensor_map
 
     before, promotion = dict(tiles.HOPPER_SCAN), tensor_map._PROMOTE_128B
-    limits = tiles.SHORT_BACKWARD, tiles.FEW_HEADS
+    limits = tiles.APART_BELOW, tiles.FEW_HEADS
     if variant.tile:
         tiles.HOPPER_SCAN[variant.dim, variant.kind] = variant.tile
         if (variant.dim, variant.kind) == (128, "forward"):
             tiles.HOPPER_SCAN[128, "narrow"] = variant.tile
-        tiles.SHORT_BACKWARD = tiles.FEW_HEADS = -1  # or short calls would have another's tile
+        tiles.APART_BELOW = tiles.FEW_HEADS = -1  # or short calls would have another's tile
     tensor_map._PROMOTE_128B = variant.promotion
-    source = Instance.source
-    macros = "".join(f"#define {x}\n" for x in variant.defines)
-    Instance.source = lambda self, *folders: macros + source(self, *folders)
     forget()
     try:
         with lightning.hopper_kernels(variant.hopper):
@@ -123,8 +117,8 @@ def applied(variant):
     finally:
         tiles.HOPPER_SCAN.clear()
         tiles.HOPPER_SCAN.update(before)
-        tiles.SHORT_BACKWARD, tiles.FEW_HEADS = limits
-        tensor_map._PROMOTE_128B, Instance.source = promotion, source
+        tiles.APART_BELOW, tiles.FEW_HEADS = limits
+        tensor_map._PROMOTE_128B = promotion
 
 
 def forget():
@@ -150,12 +144,17 @@ def compile_one(number):
         tile = variant.tile or tiles.scan_tile(variant.dim, (9, 0))
         precision = "high" if variant.kind == "high" else "default"
         wanted = [lightning.instance_of(variant.dim, torch.bfloat16, tile, precision)]
-        if tile.paired:
+        if variant.kind == "decode":
+            wanted = [lightning_decode.instance_of(128, 128, torch.bfloat16, n) for n in (1, 4)]
+        elif tile.paired:
             wanted.append(lightning.grads_of(torch.bfloat16, tile))
-        wanted.append(lightning.PREFIX)  # and what is compiled before a call is accepted
-        for kind in ("forward", "narrow" if variant.dim == 128 else "forward"):
-            tile = tiles.HOPPER_SCAN[variant.dim, kind]
-            wanted.append(lightning.instance_of(variant.dim, torch.bfloat16, tile, precision))
+        if variant.hopper:  # and what is compiled before a call is accepted
+            kinds = {"forward", "narrow" if variant.dim == 128 else "forward"}
+            others = [tiles.HOPPER_SCAN[variant.dim, kind] for kind in kinds]
+            wanted += [
+                lightning.instance_of(variant.dim, torch.bfloat16, x, precision) for x in others
+            ]
+        wanted.append(lightning.PREFIX)
         try:
             for instance in wanted:
                 module.cubin(instance, "sm_90a")

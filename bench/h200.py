@@ -248,7 +248,7 @@ def _time_of(row: Row | None) -> str:
     if row["status"] != "ok":
         return row["status"].replace("_", " ")
     ms = row["ms_median"]
-    return f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms"
+    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms:.0f} ms"
 
 
 def _name_of_row(row: Row) -> str:

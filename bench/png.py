@@ -14,5 +14,5 @@ def save_png(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     image = Image.open(drawn).convert("RGB")
-    method, dither = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE  # keeps the ends of colour bars
-    image.quantize(COLOURS, method, kmeans=2, dither=dither).save(path, optimize=True)
+    method = Image.Quantize.MAXCOVERAGE  # keeps the ends of colour bars
+    image.quantize(COLOURS, method, kmeans=2).save(path, optimize=True)

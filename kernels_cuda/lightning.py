@@ -117,7 +117,10 @@ def grads_of(dtype: torch.dtype, tile: Tile) -> Instance:
 def why_not(
     key_dim: int, value_dim: int, dtype: torch.dtype, device_type: str, precision: str
 ) -> str | None:
-    """Why the kernels of a call can't be had (its dims and dtype being right), None if they can."""
+    """Why the kernels of a forward can't be had (its dims and dtype being right), None if they can.
+
+    Those of its backward are compiled when the first one comes.
+    """
     device = module.current_device(device_type)
     kind = key_dim, value_dim, dtype, device, precision
     chosen = {tile_of(*kind, num_tokens=n) for n in (0, 1)}

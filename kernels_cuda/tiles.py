@@ -19,8 +19,8 @@ class Tile:
     `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
     `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each or, if
     that is more than the width, take turns at the same. If `paired`, a program runs the scans of dk and dv,
-    another that of dq, and both count as one. Both programs of a cluster of two share their copies of a
-    and b.
+    and another, which comes after it, that of dq: together they count as one. Both programs of a cluster of
+    two share their copies of a and b.
     """
 
     num_stages: int
@@ -76,13 +76,14 @@ OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cu
 
 # Of the kernels for Hopper, by the larger head dim and what asks. Two consumers share their copies; with
 # one, two blocks share them in L2 as long as they keep together, and half as many segments are needed: the
-# "narrow" tile serves short forwards, and unequal head dims. A pair of dk and dv shares its copies, and scans
-# apart need a third of its segments: so they serve short backwards, and of few heads, which forget more
-# slowly, longer ones. "cluster" is another way to share copies, which nothing asks for unless it is put in
-# another's place.
-SHORT, SHORT_BACKWARD = 8 << 20, (4 << 20) - 1  # tokens of all heads
-FEW_HEADS = 15  # whose backward is short where a forward is
-MANY_HEADS = 128  # that are never cut, or hardly, so that a pair costs no halo
+# "narrow" tile serves short forwards, and unequal head dims. A pair of dk and dv shares its copies, but scans
+# apart need a third of its segments, so that they serve backwards whose halos would count. "cluster" is
+# another way to share copies, which nothing asks for unless it is put in another's place. All limits by
+# NOTES.md; tokens are those of all heads.
+SHORT = 8 << 20  # tokens of a forward up to which it is narrow
+APART_BELOW = 4 << 20  # tokens of a backward, from which on it is faster in pairs
+FEW_HEADS = 15  # which have long halos in the mean: scans apart up to SHORT
+MANY_HEADS = 128  # are hardly cut: pairs always
 HOPPER_SCAN = {
     (64, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=2),
     (64, "backward"): Tile(num_stages=5, programs_per_sm=1, consumers=2),
@@ -102,9 +103,9 @@ def hopper_tile(large: int, small: int, kind: str, num_heads: int, num_tokens: i
     tile = HOPPER_SCAN[large, kind]
     if kind == "forward" and large == 128 and 0 < num_tokens <= SHORT:
         return HOPPER_SCAN[128, "narrow"]
-    if tile.paired and 0 < num_tokens and num_heads < MANY_HEADS:
-        short = num_tokens <= (SHORT if num_heads <= FEW_HEADS else SHORT_BACKWARD)
-        return HOPPER_SCAN[128, "forward"] if short else tile
+    if tile.paired and 0 < num_heads < MANY_HEADS:
+        few = num_heads <= FEW_HEADS and num_tokens <= SHORT
+        return HOPPER_SCAN[128, "forward"] if few or num_tokens < APART_BELOW else tile
     return tile
 
 

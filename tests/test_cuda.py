@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import attnlab
-from attnlab import cli, registry, schedules, segments, testing
+from attnlab import cli, cuda_backend, registry, schedules, segments, testing
 from attnlab.problem import Problem
 from attnlab.testing import assert_as_accurate
 from kernels_cuda import lightning, module, tensor_map, tiles
@@ -77,7 +77,7 @@ def portable():
 def many_tokens(monkeypatch):
     """Tiles as for many tokens, however few there are."""
     monkeypatch.setattr(tiles, "SHORT", 0)
-    monkeypatch.setattr(tiles, "SHORT_BACKWARD", 0)
+    monkeypatch.setattr(tiles, "APART_BELOW", 0)
 
 
 @on_host
@@ -134,6 +134,19 @@ def test_few_tokens_and_few_heads_have_tiles_of_their_own(counts):
         tiles.hopper_tile(128, 128, kind, *counts) for kind in ("forward", "backward")
     )
     assert (forward.consumers == 1, backward.paired) == (narrow, paired)
+
+
+def test_a_packs_documents_count_as_sequences(monkeypatch, device):
+    found = []
+    monkeypatch.setattr(
+        lightning, "tile_of", lambda *_, num_heads, **__: found.append(num_heads) or None
+    )
+    key = torch.zeros(1, 3, 64, 64, device=device)
+    bounds = torch.tensor([0, 10, 20, 64], device=device)
+    ops = cuda_backend._ops
+    ops._tile_of(key, key, "default", bounds)
+    ops._tile_of(key.expand(4, 3, 64, 64), key, "default")
+    assert found == [9, 12]
 
 
 @pytest.mark.parametrize(("mode", "segments"), MODES[:3])

@@ -3,6 +3,7 @@
 import heapq
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -181,6 +182,24 @@ def test_a_late_layer_loses_a_third_at_most(heads):
     first_pass = sum(map(cost, planned.state_units)) * 0.5 / H200.slots
     assert max(map(cost, planned.units)) + first_pass <= 1.51 * ideal
     assert planned.chains
+
+
+def test_a_first_pass_fills_the_machine_with_one_scan_at_a_time():
+    decays = minimax_log_decay(1, 78, 80).tolist()
+    one = plan([1 << 22], decays, H200)
+    three = plan([1 << 22], decays, replace(H200, programs_per_unit=3, num_scans=3))
+    assert len(three.units) == len(one.units) // 3  # of which each has three programs
+    assert 0.9 * H200.slots < len(three.state_units) <= H200.slots
+    assert_chains_are_filled(three)
+
+
+def test_parts_of_slots_that_add_up_to_all_of_them_fit():
+    heads = minimax_log_decay(33, 0, 80).tolist()
+    machine = Machine(slots=132, programs_per_unit=3, chunk=CHUNK)
+    planned = plan([1024 * CHUNK], heads, machine)
+    assert (
+        time_of(planned, machine) < 800
+    )  # chunks; 815 where 132.00000000000003 slots are too many
 
 
 def test_many_heads_and_many_documents_stay_whole():

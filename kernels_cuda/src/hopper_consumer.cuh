@@ -82,7 +82,7 @@ struct Consumer {
     static_assert(HALVES == 1 || !SPLIT, "registers are for one");
     static_assert(HALVES == 1 && !SPLIT || !TURNS, "turns are for a state that leaves room");
     static constexpr bool EARLY = HALVES == 1 && !SPLIT;  // registers do for products beside the scores
-    static constexpr bool KEPT = EARLY && (C_DIM == 0 || B_DIM == 64);  // and for masks, where ptxas finds them
+    static constexpr bool KEPT = EARLY && C_DIM == 0;  // and for masks, where ptxas finds them
     using Left = uint32[1 + SPLIT][CHUNK / 16][4];  // operand of 64 rows, in registers
 
     // A stage of the ring, and the parity of the phase in which it is filled.
@@ -161,8 +161,8 @@ struct Consumer {
     }
 
     // Whether a stage is released in the middle of its turn, when nothing is left to read of it (but the last
-    // chunk's, which is read again), or at the end. Copies then run ahead by most of a stage more: too many
-    // at once slow a forward down.
+    // chunk's, which is read again), or at the end. Copies then run ahead by most of a stage more. That serves
+    // scans of a backward that share a grid; a forward alone, and dq beside pairs of dk and dv, are slower so.
     __device__ bool releases_early() const { return C_DIM == 0 && all.scan.num_scans > 1; }
 
     // Outputs of `left` chunks, the first of them in `slot`.

@@ -90,7 +90,7 @@ def built(instance: Instance, change: tuple[str, str] | None = None) -> Path:
 
 def pytest_addoption(parser) -> None:
     """Options of the plugin."""
-    help_ = "run the kernels for Hopper, with the tiles of many heads"
+    help_ = "run the kernels for Hopper, with the tiles of many tokens"
     parser.addoption("--hopper", action="store_true", help=help_)
 
 
@@ -106,7 +106,7 @@ def pytest_configure(config) -> None:
     loader.load = noted
     module.loader = loader
     lightning.use_hopper(config.getoption("--hopper"))
-    tiles.SHORT = tiles.SHORT_BACKWARD = 0
+    tiles.SHORT = tiles.APART_BELOW = 0
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
