@@ -37,8 +37,12 @@ def _contiguous_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _num_sequences(key: Tensor, cu_seqlens: Tensor | None) -> int:
+    return key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def _empty_state(key: Tensor, value: Tensor, cu_seqlens: Tensor | None, needed: bool) -> Tensor:
-    rows = key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = _num_sequences(key, cu_seqlens)
     shape = (rows, key.shape[1], key.shape[3], value.shape[3]) if needed else (0,)
     return key.new_empty(shape, dtype=torch.float32)
 
@@ -132,9 +136,9 @@ class LightningOps:
         **flags: bool,
     ) -> Any:
         batch, heads, num_tokens, key_dim = key.shape
-        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        num_heads = _num_sequences(key, cu_seqlens) * heads
         kind = key_dim, value.shape[3], key.dtype, key.device, precision
-        size = {"num_heads": sequences * heads, "num_tokens": batch * heads * num_tokens}
+        size = {"num_heads": num_heads, "num_tokens": batch * heads * num_tokens}
         return self._kernels.tile_of(*kind, **size, **flags)
 
     def _attend(

@@ -3,7 +3,8 @@
     python bench/cuda_variants.py --compile   # fills the cache of compiled kernels first
     python bench/cuda_variants.py 90 [fwd64]  # seconds, and what the names of variants begin with
 
-A variant: a name, the passes it matters to, a tile of the table of the kernels for Hopper. Each is timed as `bench/h200.py` times it, twice, all others in between.
+A variant: a name, the passes it matters to, a tile of the table of the kernels for Hopper. Each is timed
+as `bench/h200.py` times it, twice, all others in between.
 """
 
 import sys
@@ -143,18 +144,16 @@ def compile_one(number):
     with applied(variant):
         tile = variant.tile or tiles.scan_tile(variant.dim, (9, 0))
         precision = "high" if variant.kind == "high" else "default"
-        wanted = [lightning.instance_of(variant.dim, torch.bfloat16, tile, precision)]
+        wanted, scans = [lightning.PREFIX], [tile]
+        if variant.hopper:  # what is compiled before a call is accepted
+            kinds = ("forward", "narrow") if variant.dim == 128 else ("forward",)
+            scans += [tiles.HOPPER_SCAN[variant.dim, kind] for kind in kinds]
         if variant.kind == "decode":
             wanted = [lightning_decode.instance_of(128, 128, torch.bfloat16, n) for n in (1, 4)]
+            scans = []
         elif tile.paired:
             wanted.append(lightning.grads_of(torch.bfloat16, tile))
-        if variant.hopper:  # and what is compiled before a call is accepted
-            kinds = {"forward", "narrow" if variant.dim == 128 else "forward"}
-            others = [tiles.HOPPER_SCAN[variant.dim, kind] for kind in kinds]
-            wanted += [
-                lightning.instance_of(variant.dim, torch.bfloat16, x, precision) for x in others
-            ]
-        wanted.append(lightning.PREFIX)
+        wanted += [lightning.instance_of(variant.dim, torch.bfloat16, x, precision) for x in scans]
         try:
             for instance in wanted:
                 module.cubin(instance, "sm_90a")

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from bench import plan, rows, timing  # noqa: E402
 from bench.gpu_checks import run_checks  # noqa: E402
 from bench.inputs import Source  # noqa: E402
+from bench.lines import format_digits  # noqa: E402
 from bench.peers import CUDA_KERNELS, OURS, PEERS  # noqa: E402
 from bench.rows import Point, Row  # noqa: E402
 from bench.worker import Task, Worker, describe_machine  # noqa: E402
@@ -247,8 +248,7 @@ def _time_of(row: Row | None) -> str:
         return "-"
     if row["status"] != "ok":
         return row["status"].replace("_", " ")
-    ms = row["ms_median"]
-    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms:.0f} ms"
+    return f"{format_digits(row['ms_median'], trim=True)} ms"
 
 
 def _name_of_row(row: Row) -> str:

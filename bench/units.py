@@ -126,8 +126,7 @@ def run_units(
             found[0]["point_s"] = round(taken, 3)
             print(_outcome(found), flush=True)
         pred_ms = None if predicted is None else predicted * 1e3
-        whole = [_whole(sweep, row, mark, name, len(found)) for row in found]
-        whole = [row | {"pred_ms": pred_ms} for row in whole]
+        whole = [_whole(sweep, row, mark, name, len(found)) | {"pred_ms": pred_ms} for row in found]
         rows.append_row(sweep.folder / "rows.jsonl", *whole)
         collected += whole
     worker.close()

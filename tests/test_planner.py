@@ -197,9 +197,8 @@ def test_parts_of_slots_that_add_up_to_all_of_them_fit():
     heads = minimax_log_decay(33, 0, 80).tolist()
     machine = Machine(slots=132, programs_per_unit=3, chunk=CHUNK)
     planned = plan([1024 * CHUNK], heads, machine)
-    assert (
-        time_of(planned, machine) < 800
-    )  # chunks; 815 where 132.00000000000003 slots are too many
+    # Chunks: 815 where 132.00000000000003 slots are too many.
+    assert time_of(planned, machine) < 800
 
 
 def test_many_heads_and_many_documents_stay_whole():
