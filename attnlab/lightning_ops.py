@@ -37,12 +37,8 @@ def _contiguous_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _num_sequences(key: Tensor, cu_seqlens: Tensor | None) -> int:
-    return key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _empty_state(key: Tensor, value: Tensor, cu_seqlens: Tensor | None, needed: bool) -> Tensor:
-    rows = _num_sequences(key, cu_seqlens)
+    rows = key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (rows, key.shape[1], key.shape[3], value.shape[3]) if needed else (0,)
     return key.new_empty(shape, dtype=torch.float32)
 
@@ -127,19 +123,9 @@ class LightningOps:
             )
         return self._decode_(query, key, value, log_decay, state, slots, float(scale))
 
-    def _tile_of(
-        self,
-        key: Tensor,
-        value: Tensor,
-        precision: str,
-        cu_seqlens: Tensor | None = None,
-        **flags: bool,
-    ) -> Any:
-        batch, heads, num_tokens, key_dim = key.shape
-        num_heads = _num_sequences(key, cu_seqlens) * heads
-        kind = key_dim, value.shape[3], key.dtype, key.device, precision
-        size = {"num_heads": num_heads, "num_tokens": batch * heads * num_tokens}
-        return self._kernels.tile_of(*kind, **size, **flags)
+    def _tile_of(self, key: Tensor, value: Tensor, precision: str, **flags: bool) -> Any:
+        kind = key.shape[3], value.shape[3], key.dtype, key.device, precision
+        return self._kernels.tile_of(*kind, num_tokens=key.shape[:3].numel(), **flags)
 
     def _attend(
         self,
@@ -157,7 +143,7 @@ class LightningOps:
         """Output, and final states (empty unless asked for)."""
         output = lightning_scans.empty_output(query, value)
         query, key, value = map(self._kernels.aligned, (query, key, value))
-        tile = self._tile_of(key, value, precision, cu_seqlens)
+        tile = self._tile_of(key, value, precision)
         schedule = schedule_of(Call(key, value, log_decay, cu_seqlens, tile, may_read))
         state = _empty_state(key, value, cu_seqlens, return_final_state)
         lightning_scans.forward(
@@ -203,7 +189,7 @@ class LightningOps:
         tensors = query, key, value, grad_output
         query, key, value, grad_output = map(self._kernels.aligned, tensors)
         num_scans = lightning_scans.scans_of_backward(key.shape[3], value.shape[3])
-        tile = self._tile_of(key, value, precision, cu_seqlens, backward=True)
+        tile = self._tile_of(key, value, precision, backward=True)
         schedule = schedule_of(Call(key, value, log_decay, cu_seqlens, tile, may_read, num_scans))
         grad_state = _empty_state(key, value, cu_seqlens, initial_state is not None)
         grads = lightning_scans.backward(

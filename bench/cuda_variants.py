@@ -60,10 +60,6 @@ def two(stages):
     return Tile(num_stages=stages, programs_per_sm=1, consumers=2, width=128)
 
 
-def turns(stages):
-    return Tile(num_stages=stages, programs_per_sm=1, consumers=2)
-
-
 def paired(stages):
     return Tile(num_stages=stages, programs_per_sm=1, consumers=2, width=128, paired=True)
 
@@ -87,14 +83,12 @@ VARIANTS = [
     named(128, "high", "2 consumers 3 stages", two(3)),
     named(128, "high", "1 consumer 4 stages", one(4)),
     named(128, "decode", "", None),
-    named(64, "forward", "in turn 5 stages", turns(5)),
-    named(64, "forward", "in turn 4 stages", turns(4)),
-    named(64, "forward", "1 consumer 3 stages x2", one(3, 2)),
     named(64, "forward", "1 consumer 4 stages", one(4)),
+    named(64, "forward", "1 consumer 5 stages", one(5)),
+    named(64, "forward", "1 consumer 3 stages x2", one(3, 2)),
     named(64, "forward", "portable", None, hopper=False),
-    named(64, "backward", "in turn 5 stages", turns(5)),
-    named(64, "backward", "in turn 6 stages", turns(6)),
     named(64, "backward", "1 consumer 4 stages", one(4)),
+    named(64, "backward", "1 consumer 5 stages", one(5)),
     named(64, "backward", "portable", None, hopper=False),
 ]
 
@@ -104,12 +98,10 @@ def applied(variant):
     from kernels_cuda import tensor_map
 
     before, promotion = dict(tiles.HOPPER_SCAN), tensor_map._PROMOTE_128B
-    limits = tiles.APART_BELOW, tiles.FEW_HEADS
+    short = tiles.SHORT
     if variant.tile:
         tiles.HOPPER_SCAN[variant.dim, variant.kind] = variant.tile
-        if (variant.dim, variant.kind) == (128, "forward"):
-            tiles.HOPPER_SCAN[128, "narrow"] = variant.tile
-        tiles.APART_BELOW = tiles.FEW_HEADS = -1  # or short calls would have another's tile
+        tiles.SHORT = 0  # or short calls would have another's tile
     tensor_map._PROMOTE_128B = variant.promotion
     forget()
     try:
@@ -118,7 +110,7 @@ def applied(variant):
     finally:
         tiles.HOPPER_SCAN.clear()
         tiles.HOPPER_SCAN.update(before)
-        tiles.APART_BELOW, tiles.FEW_HEADS = limits
+        tiles.SHORT = short
         tensor_map._PROMOTE_128B = promotion
 
 

@@ -128,7 +128,7 @@ def points_of(line: Line, device: str) -> Iterator[Point]:
 
 
 def measure(folder: Path, lines: list[Line], arguments: argparse.Namespace) -> None:
-    """Append a row for each point that has none yet, one backend after the other."""
+    """Append a row for each point that has none yet: our backends side by side, then each of the others."""
     start, path = time.perf_counter(), folder / "rows.jsonl"
     device = torch.cuda.get_device_name()
     described, worker = describe_machine("cuda"), Worker()
@@ -139,8 +139,8 @@ def measure(folder: Path, lines: list[Line], arguments: argparse.Namespace) -> N
     print(f"{device}: copy {ceilings.copy_gbps:.0f} GB/s, {ceilings.matmul_tflops:.0f} TFLOP/s")
     done = {r["key"] for r in _rows(path) if r["status"] in ("ok", "failed_accuracy")}
     points = [p for line in lines for p in points_of(line, device)]
-    order = order_of_backends()
-    for point in sorted(points, key=lambda p: order.index(p.backend)):
+    others = [b for b in order_of_backends() if b not in OURS]
+    for point in sorted(points, key=lambda p: p.backend in others and 1 + others.index(p.backend)):
         fingerprint = plan.fingerprint(point.backend)
         if point.key(fingerprint) in done or not _selected(point, arguments.only):
             continue

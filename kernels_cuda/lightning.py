@@ -78,26 +78,25 @@ def tile_of(
     precision: str,
     *,
     backward: bool = False,
-    num_heads: int = 0,
     num_tokens: int = 0,
 ) -> Tile:
     """Tile of the scans of a call, the same for all of them so that they share a schedule.
 
-    `num_heads` counts those of all sequences, `num_tokens` the tokens of all heads; 0 stands for many.
+    `num_tokens` counts those of all heads; 0 stands for many.
     """
     kind = "high" if precision == "high" else "backward" if backward else "forward"
     dims = max(key_dim, value_dim), min(key_dim, value_dim)
-    return _tile_of(*dims, device, kind, _hopper, num_heads, num_tokens)
+    return _tile_of(*dims, device, kind, _hopper, num_tokens)
 
 
 @lru_cache(1024)  # packs differ in length
 def _tile_of(
-    large: int, small: int, device: torch.device, kind: str, hopper: bool, *counts: int
+    large: int, small: int, device: torch.device, kind: str, hopper: bool, num_tokens: int
 ) -> Tile:
     capability = module.loader.capability(device)
     special = None
     if hopper and capability[0] == 9:
-        special = tiles.hopper_tile(large, small, kind, *counts)
+        special = tiles.hopper_tile(large, small, kind, num_tokens)
     return special or tiles.scan_tile(large, capability)
 
 

@@ -17,10 +17,9 @@ class Tile:
     """How a scan is cut: tokens a chunk, columns of c a program, stages of the ring of chunks.
 
     `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
-    `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each or, if
-    that is more than the width, take turns at the same. If `paired`, a program runs the scans of dk and dv,
-    and another, which comes after it, that of dq: together they count as one. Both programs of a cluster of
-    two share their copies of a and b.
+    `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each. If
+    `paired`, a program runs the scans of dk and dv, and another, which comes after it, that of dq: together
+    they count as one. Both programs of a cluster of two share their copies of a and b.
     """
 
     num_stages: int
@@ -76,17 +75,13 @@ OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cu
 
 # Of the kernels for Hopper, by the larger head dim and what asks. Two consumers share their copies; with
 # one, two blocks share them in L2 as long as they keep together, and half as many segments are needed: the
-# "narrow" tile serves short forwards, and unequal head dims. A pair of dk and dv shares its copies, but scans
-# apart need a third of its segments, so that they serve backwards whose halos would count. "cluster" is
-# another way to share copies, which nothing asks for unless it is put in another's place. All limits by
-# NOTES.md; tokens are those of all heads.
-SHORT = 8 << 20  # tokens of a forward up to which it is narrow
-APART_BELOW = 4 << 20  # tokens of a backward, from which on it is faster in pairs
-FEW_HEADS = 15  # which have long halos in the mean: scans apart up to SHORT
-MANY_HEADS = 128  # are hardly cut: pairs always
+# "narrow" tile serves short forwards, and unequal head dims. A pair of dk and dv shares its copies as scans
+# apart do in L2, while they keep together, but needs three times their segments. "cluster" is another way to
+# share copies, which nothing asks for unless it is put in another's place. All by the times in NOTES.md.
+SHORT = 8 << 20  # tokens of all heads up to which a forward is narrow, and a backward's scans apart
 HOPPER_SCAN = {
-    (64, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=2),
-    (64, "backward"): Tile(num_stages=5, programs_per_sm=1, consumers=2),
+    (64, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
+    (64, "backward"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
     (128, "forward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
     (128, "backward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128, paired=True),
@@ -96,30 +91,25 @@ HOPPER_SCAN = {
 }
 
 
-def hopper_tile(large: int, small: int, kind: str, num_heads: int, num_tokens: int) -> Tile | None:
-    """Tile of the kernel for Hopper; counts are those of `kernels_cuda.lightning.tile_of`."""
+def hopper_tile(large: int, small: int, kind: str, num_tokens: int) -> Tile | None:
+    """Tile of the kernel for Hopper; tokens are those of `kernels_cuda.lightning.tile_of`."""
     if large != small:
         return None if kind == "high" else HOPPER_SCAN[large, "narrow"]
-    tile = HOPPER_SCAN[large, kind]
-    if kind == "forward" and large == 128 and 0 < num_tokens <= SHORT:
-        return HOPPER_SCAN[128, "narrow"]
-    if tile.paired and 0 < num_heads < MANY_HEADS:
-        few = num_heads <= FEW_HEADS and num_tokens <= SHORT
-        return HOPPER_SCAN[128, "forward"] if few or num_tokens < APART_BELOW else tile
-    return tile
+    if large == 128 and 0 < num_tokens <= SHORT:
+        kind = {"forward": "narrow", "backward": "forward"}.get(kind, kind)
+    return HOPPER_SCAN[large, kind]
 
 
 def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance:
     """The scan kernel for Hopper, for 16-bit elements and a dim of b; `split` as above."""
     box = 2 * CHUNK * 64
-    turns = tile.width < 64 * tile.consumers
-    stage = box * (2 * b_dim // 64 + tile.width // 64)
+    stage = box * (2 * b_dim // 64 + tile.consumers)
     scores_and_out = box * tile.consumers * (4 - split)
     sizes = map(str, (b_dim, tile.consumers, tile.num_stages))
     own, barriers = tile.consumers * OWN_BYTES, 2 * 8 * tile.num_stages
     return Instance(
         name="hopper_scan",
-        arguments=", ".join([element, *sizes, str(split).lower(), str(turns).lower()]),
+        arguments=", ".join([element, *sizes, str(split).lower()]),
         num_threads=160 if tile.consumers == 1 else 384,
         cluster_size=tile.cluster_size,
         shared_bytes=tile.num_stages * stage + scores_and_out + own + barriers,

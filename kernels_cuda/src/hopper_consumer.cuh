@@ -75,14 +75,11 @@ struct Places {
     int num_threads;  // of all consumers
 };
 
-// With TURNS two consumers have the same columns: each updates its state with every chunk, and gives the
-// outputs of every other one.
-template <class E, int B_DIM, int C_DIM, int HALVES, int STAGES, int STAGE_PANELS, bool SPLIT, bool TURNS>
+template <class E, int B_DIM, int C_DIM, int HALVES, int STAGES, int STAGE_PANELS, bool SPLIT>
 struct Consumer {
     static_assert(HALVES == 1 || !SPLIT, "registers are for one");
-    static_assert(HALVES == 1 && !SPLIT || !TURNS, "turns are for a state that leaves room");
     static constexpr bool EARLY = HALVES == 1 && !SPLIT;  // registers do for products beside the scores
-    static constexpr bool KEPT = EARLY && C_DIM == 0;  // and for masks, where ptxas finds them
+    static constexpr bool KEPT = EARLY && C_DIM == 0;  // and for weights, where ptxas finds them
     using Left = uint32[1 + SPLIT][CHUNK / 16][4];  // operand of 64 rows, in registers
 
     // A stage of the ring, and the parity of the phase in which it is filled.
@@ -110,6 +107,7 @@ struct Consumer {
     float scores[32];                // [64, 64]: row from, column to
     float sums[32];                  // [64, 64]: row c, column token
     float masks[9][2];               // of this thread's scores, by columns less rows in steps of 8
+    float reads[8][2], writes[8][2];  // of its columns: weights from and to the chunk's edge
 
     __device__ Consumer(const HopperScanParams& all, const Course& course, const Places& at, int index,
                         int column, int group)
@@ -123,14 +121,11 @@ struct Consumer {
         Left added;  // columns of c, weighted, that join the state
         Slot slot;
         enter();
+        if constexpr (KEPT) load_weights();
         for (int n = 0; n < num_silent; ++n, slot = slot.next()) pass(added, slot, past);
-        if constexpr (TURNS)
-            every_other(added, slot, num_heard, token, past);
-        else
-            every(added, slot, num_heard, token, past);
-        if (uniform(at.own.walk.chunks.rest) > 0)
-            finish(added, slot, at.own.walk.chunks.rest, !TURNS || num_heard % 2 == group);
-        if (!TURNS || group == 0) leave();
+        every(added, slot, num_heard, token, past);
+        if (uniform(at.own.walk.chunks.rest) > 0) finish(added, slot, at.own.walk.chunks.rest);
+        leave();
         if (threadIdx.x % 128 == 0) store_wait();  // shared memory must outlive the last store
     }
 
@@ -146,7 +141,6 @@ struct Consumer {
     // read of it and what they will add to it. Each turn ends with the next chunk's; after the last chunk
     // these are its own again, so as not to branch.
     __device__ void begin(Left& added, const Slot& slot, float past) {
-        if constexpr (KEPT) load_masks();
         wait_full(slot);
         score(slot);
         products_wait<0>();
@@ -160,17 +154,12 @@ struct Consumer {
         }
     }
 
-    // Whether a stage is released in the middle of its turn, when nothing is left to read of it (but the last
-    // chunk's, which is read again), or at the end. Copies then run ahead by most of a stage more. That serves
-    // scans of a backward that share a grid; a forward alone, and dq beside pairs of dk and dv, are slower so.
-    __device__ bool releases_early() const { return C_DIM == 0 && all.scan.num_scans > 1; }
-
     // Outputs of `left` chunks, the first of them in `slot`.
     __device__ void every(Left& added, Slot& slot, int left, int token, float past) {
         if (left > 0) begin(added, slot, past);
         if constexpr (EARLY) {
             for (int buffer = 0; left > 0; --left, token += step(), buffer ^= 1) {
-                const bool more = left > 1, early = more && releases_early();
+                const bool more = left > 1;
                 const Slot next = more ? slot.next() : slot;
                 write(added, slot, 0);
                 weigh();
@@ -180,7 +169,6 @@ struct Consumer {
                 products_wait<1>();
                 keep(sums);
                 keep(state[0]);
-                release(slot, early);
                 put_outputs(buffer);
                 read_state(next, 0);
                 products_wait<1>();
@@ -189,7 +177,7 @@ struct Consumer {
                 prepare(added, next, 0, more ? past : 1.0f);
                 products_wait<0>();
                 keep(sums);
-                release(slot, !early);
+                release(slot);
                 slot = slot.next();
             }
             return;
@@ -242,66 +230,17 @@ struct Consumer {
             store_box(all.maps[index][3], at.out[buffer], column, token, course.head, course.batch);
     }
 
-    // The same, with the other consumer's chunks between its own, and stages released early.
-    __device__ void every_other(Left& added, Slot& slot, int left, int token, float past) {
-        if (group == 1 && left > 0) {
-            pass(added, slot, past);
-            slot = slot.next(), --left, token += step();
-        }
-        if (left > 0) begin(added, slot, past);
-        int buffer = 0;
-        for (; left > 1; left -= 2, token += 2 * step(), buffer ^= 1) {
-            const bool more = left > 2;
-            const Slot others = slot.next(), next = more ? others.next() : slot;
-            write(added, slot, 0);
-            weigh();
-            read_scores(slot, 0, buffer);
-            wait_full(others);
-            wait_full(next);
-            score(next);
-            products_wait<1>();
-            keep(sums);
-            keep(state[0]);
-            release(slot, more);
-            prepare(added, others, 0, past);
-            write(added, others, 0);
-            put_outputs(buffer);
-            products_wait<0>();
-            keep(scores);
-            keep(state[0]);
-            release(others);
-            read_state(next, 0);
-            hand_over(buffer, token);
-            prepare(added, next, 0, more ? past : 1.0f);
-            products_wait<0>();
-            keep(sums);
-            release(slot, !more);
-            slot = others.next();
-        }
-        if (left > 0) {
-            write(added, slot, 0);
-            weigh();
-            read_scores(slot, 0, buffer);
-            products_wait<0>();
-            keep(sums);
-            keep(state[0]);
-            store(0, token, CHUNK);
-            release(slot);
-            slot = slot.next();
-        }
-    }
-
     // Tokens to the next chunk.
     __device__ int step() const { return index >= all.scan.first_back ? -CHUNK : CHUNK; }
 
     __device__ void wait_full(const Slot& slot) { at.full[slot.stage].wait_together(slot.parity); }
 
-    // If it is `done` with the stage. To all blocks of the cluster, since each copies for all.
-    __device__ void release(const Slot& slot, bool done = true) {
+    // To all blocks of the cluster, since each copies for all.
+    __device__ void release(const Slot& slot) {
         if constexpr (CLUSTER_SIZE == 1) {
-            if (done && lane == 0) at.empty[slot.stage].arrive();
+            if (lane == 0) at.empty[slot.stage].arrive();
         } else {
-            if (done && lane < CLUSTER_SIZE) at.empty[slot.stage].arrive_in(lane);
+            if (lane < CLUSTER_SIZE) at.empty[slot.stage].arrive_in(lane);
         }
     }
 
@@ -342,11 +281,20 @@ struct Consumer {
         group_sync(group);  // protects the scores: all rows are there, for the products too
     }
 
-    __device__ void load_masks() {
+    __device__ void load_weights() {
 #pragma unroll
         for (int k = 0; k < 9; ++k)
 #pragma unroll
             for (int i = 0; i < 2; ++i) masks[k][i] = at.own.mask.at(k * 8 - 8 + pair + i, row);
+        if constexpr (KEPT) {
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    reads[k][i] = at.own.edge.read[k * 8 + pair + i];
+                    writes[k][i] = at.own.edge.write[k * 8 + pair + i];
+                }
+        }
     }
 
     // What a score is weighted by that is `apart` columns less rows from this thread's first.
@@ -358,7 +306,7 @@ struct Consumer {
         // Where registers are few, addresses are worked out anew.
         const int lane = EARLY ? this->lane : unknown(this->lane);
         const int between = lane % 4 * 2 - (warp * 16 + lane / 4);  // column less row, of the first score
-        if constexpr (SPLIT) load_masks();
+        if constexpr (SPLIT) load_weights();
 #pragma unroll
         for (int to = 0; to < 64; to += 16) {
             uint32 blocks[1 + SPLIT][4];
@@ -382,7 +330,8 @@ struct Consumer {
     // sums *= factor from the chunk's edge to the token that reads
     __device__ void weigh() {
 #pragma unroll
-        for (int n = 0; n < 32; ++n) sums[n] *= at.own.edge.read[n / 4 * 8 + pair + n % 2];
+        for (int n = 0; n < 32; ++n)
+            sums[n] *= KEPT ? reads[n / 4][n % 2] : at.own.edge.read[n / 4 * 8 + pair + n % 2];
     }
 
     // sums += C^T scores
@@ -409,7 +358,8 @@ struct Consumer {
             c.left_transposed(blocks, j * 16, warp * 16);
 #pragma unroll
             for (int block = 0; block < 4; ++block) {
-                const float* w = at.own.edge.write + j * 16 + block / 2 * 8 + pair;
+                const float* w = KEPT ? writes[j * 2 + block / 2]
+                                      : at.own.edge.write + j * 16 + block / 2 * 8 + pair;
                 const Halves<E, SPLIT> halves(E::first(blocks[block]) * w[0],
                                               E::second(blocks[block]) * w[1]);
                 left[0][j][block] = halves.high;
@@ -472,16 +422,16 @@ struct Consumer {
         }
     }
 
-    // The last chunk in the scan's order, of fewer tokens; its outputs if they are `heard`.
-    __device__ void finish(Left& added, const Slot& slot, int num_rows, bool heard) {
+    // The last chunk in the scan's order, of fewer tokens.
+    __device__ void finish(Left& added, const Slot& slot, int num_rows) {
         wait_full(slot);
         group_sync(group);  // protects the weights of whole chunks: all warps are done with them
         clear(at.ring + slot.panel(), num_rows);
         at.own.edge.set(at.own.walk.decay, num_rows, 1.0f, threadIdx.x % 128, 128);
         fence_shared();
         block_sync(at.num_threads);  // protects cleared rows and weights, for the other consumer too
-        if (all.scan.with_output && heard) {
-            if constexpr (KEPT) load_masks();
+        if constexpr (KEPT) load_weights();
+        if (all.scan.with_output) {
             score(slot);
             products_wait<0>();
             keep(scores);

@@ -66,7 +66,7 @@ struct HopperGrads {
             at.a = ring + (2 + group) * PANELS;
             at.b = ring + group * PANELS;
             at.c = ring + (1 - group) * PANELS;
-            Consumer<E, DIM, DIM, PANELS, STAGES, PAIR_PANELS, false, false>(
+            Consumer<E, DIM, DIM, PANELS, STAGES, PAIR_PANELS, false>(
                 all, course, at, DK + group, 0, group).run();
             return;
         }
@@ -74,7 +74,7 @@ struct HopperGrads {
         at.c = ring + PANELS + group;
         at.scores = ring + LONE_RING + group * 2;
         at.out = group == 0 ? shared.scores : shared.out;
-        Consumer<E, DIM, DIM, 1, STAGES, LONE_PANELS, false, false>(
+        Consumer<E, DIM, DIM, 1, STAGES, LONE_PANELS, false>(
             all, course, at, DQ, group * 64, group).run();
     }
 

@@ -4,19 +4,18 @@
 // scan.cu, which is this kernel's plain twin: it runs what this one can't.
 //
 // A producer warp keeps a ring of chunks filled by the copy engine (TMA). One or two warpgroups consume
-// it (hopper_consumer.cuh), each with its own 64 columns of c or, taking turns, with the same. Each stage
-// has a barrier `full` (the copies have landed) and a barrier `empty` (every consumer is done). Two blocks
+// it (hopper_consumer.cuh), each with its own 64 columns of c. Each stage has a barrier `full` (the copies have landed) and a barrier `empty` (every consumer is done). Two blocks
 // with one consumer each, and all columns of c between them, may be a cluster: each copies half of a and
 // of b to both, so that these leave L2 once.
 #include "hopper_consumer.cuh"
 
-template <class E, int B_DIM, int CONSUMERS, int STAGES, bool SPLIT, bool TURNS>
+template <class E, int B_DIM, int CONSUMERS, int STAGES, bool SPLIT>
 struct HopperScan {
-    static constexpr int PANELS = B_DIM / 64, COLUMN_PANELS = TURNS ? 1 : CONSUMERS;
-    static constexpr int STAGE_PANELS = 2 * PANELS + COLUMN_PANELS, WIDTH = COLUMN_PANELS * 64;
+    static constexpr int PANELS = B_DIM / 64, WIDTH = CONSUMERS * 64;
+    static constexpr int STAGE_PANELS = 2 * PANELS + CONSUMERS;
     // One more warp, or a warpgroup where groups share registers unequally, of which one thread works.
     static constexpr int NUM_THREADS = CONSUMERS == 1 ? 128 + 32 : 2 * 128 + 128;
-    static constexpr int BLOCKS_PER_SM = B_DIM == 64 && CONSUMERS == 1 ? 2 : 1;
+    static constexpr int BLOCKS_PER_SM = 2 * (SHARED_BYTES + 1024) <= 228 << 10 ? 2 : 1;
 
     struct Shared {
         Panel ring[STAGES * STAGE_PANELS];  // in a stage those of b, c, a
@@ -49,12 +48,11 @@ struct HopperScan {
             if constexpr (CONSUMERS == 2) registers_up<240>();
             shared.own[group].set(walk, SPLIT ? 1.0f : walk.decay.all_writes(), group);
             Panel* ring = shared.ring;
-            const int own = TURNS ? 0 : group;  // columns
-            const Places places = {ring + PANELS + COLUMN_PANELS, ring, ring + PANELS + own, ring,
+            const Places places = {ring + PANELS + CONSUMERS, ring, ring + PANELS + group, ring,
                                    shared.scores[group], shared.out[group], shared.own[group],
                                    shared.full, shared.empty, CONSUMERS * 128};
-            Consumer<E, B_DIM, 0, 1, STAGES, STAGE_PANELS, SPLIT, TURNS>(
-                all, course, places, index, column + own * 64, group).run();
+            Consumer<E, B_DIM, 0, 1, STAGES, STAGE_PANELS, SPLIT>(
+                all, course, places, index, column + group * 64, group).run();
         } else {
             if constexpr (CONSUMERS == 2) registers_down<24>();
             if (threadIdx.x % 128 == 0) produce(walk);
@@ -73,7 +71,7 @@ struct HopperScan {
             const bool reads = all.scan.with_output && n >= walk.unit.num_warm;
             full.arrive_and_expect((STAGE_PANELS - (reads ? 0 : PANELS)) * PANEL_BYTES);
             for (int p = 0; p < PANELS; ++p) copy_common(*to++, maps[1], full, p, token, head, batch);
-            for (int p = 0; p < COLUMN_PANELS; ++p)
+            for (int p = 0; p < CONSUMERS; ++p)
                 copy_box(*to++, maps[2], full, column + p * 64, token, head, batch);
             if (!reads) continue;
             for (int p = 0; p < PANELS; ++p) copy_common(*to++, maps[0], full, p, token, head, batch);

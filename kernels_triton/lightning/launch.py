@@ -92,12 +92,11 @@ def tile_of(
     precision: str,
     *,
     backward: bool = False,
-    num_heads: int = 0,
     num_tokens: int = 0,
 ) -> Tile:
     """Tile of the scans of a call, the same for all of them so that they share a schedule.
 
-    It is the same for any numbers of heads and tokens.
+    It is the same for any number of tokens.
     """
     return _tile_of(key_dim, value_dim, dtype, device, precision, backward)
 

@@ -106,7 +106,7 @@ def pytest_configure(config) -> None:
     loader.load = noted
     module.loader = loader
     lightning.use_hopper(config.getoption("--hopper"))
-    tiles.SHORT = tiles.APART_BELOW = 0
+    tiles.SHORT = 0
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
