@@ -77,6 +77,23 @@ def test_samples_have_an_upper_bound(clock):
     assert len(measure(clock.spend(1e-5), budget_s=100).samples) == timing.MAX_SAMPLES
 
 
+@pytest.mark.parametrize(
+    ("took", "graph", "tried"),
+    [([3e-4, 15e-6], True, 2), ([15e-6], True, 1), ([3e-4] * 3, False, 3), ([0.1], False, 1)],
+)
+def test_one_launch_that_is_held_up_does_not_keep_a_short_call_from_its_graph(
+    monkeypatch, took, graph, tried
+):
+    left = iter(took)
+    monkeypatch.setattr(timing, "cache_flush", lambda _: None)
+    monkeypatch.setattr(timing, "_event_sample", lambda *_: next(left))
+    monkeypatch.setattr(timing, "_graph_timing", lambda *_: "graph")
+    monkeypatch.setattr(timing, "_sample", lambda *_: "event")
+    found = timing.measure(None, device="cuda", working_set_bytes=0, budget_s=1.0)
+    assert found == ("graph" if graph else "event")
+    assert len(took) - len(list(left)) == tried
+
+
 def test_the_cache_is_flushed_unless_the_data_is_far_larger(monkeypatch):
     properties = type("Properties", (), {"L2_cache_size": 1000})
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda: properties)
