@@ -57,11 +57,11 @@ def cluster(stages):
 
 
 def two(stages):
-    return Tile(num_stages=stages, programs_per_sm=1, consumers=2, width=128)
+    return Tile(num_stages=stages, programs_per_sm=1, consumers=2)
 
 
 def paired(stages):
-    return Tile(num_stages=stages, programs_per_sm=1, consumers=2, width=128, paired=True)
+    return Tile(num_stages=stages, programs_per_sm=1, consumers=2, paired=True)
 
 
 def named(dim, kind, name, tile, **options):
@@ -97,21 +97,17 @@ VARIANTS = [
 def applied(variant):
     from kernels_cuda import tensor_map
 
-    before, promotion = dict(tiles.HOPPER_SCAN), tensor_map._PROMOTE_128B
-    short = tiles.SHORT
+    tile_of, promotion = tiles.hopper_tile, tensor_map._PROMOTE_128B
     if variant.tile:
-        tiles.HOPPER_SCAN[variant.dim, variant.kind] = variant.tile
-        tiles.SHORT = 0  # or short calls would have another's tile
+        tiles.hopper_tile = lambda *_: variant.tile
     tensor_map._PROMOTE_128B = variant.promotion
     forget()
     try:
         with lightning.hopper_kernels(variant.hopper):
             yield
     finally:
-        tiles.HOPPER_SCAN.clear()
-        tiles.HOPPER_SCAN.update(before)
-        tiles.SHORT = short
-        tensor_map._PROMOTE_128B = promotion
+        tiles.hopper_tile, tensor_map._PROMOTE_128B = tile_of, promotion
+        forget()
 
 
 def forget():
@@ -137,9 +133,6 @@ def compile_one(number):
         tile = variant.tile or tiles.scan_tile(variant.dim, (9, 0))
         precision = "high" if variant.kind == "high" else "default"
         wanted, scans = [lightning.PREFIX], [tile]
-        if variant.hopper:  # what is compiled before a call is accepted
-            kinds = ("forward", "narrow") if variant.dim == 128 else ("forward",)
-            scans += [tiles.HOPPER_SCAN[variant.dim, kind] for kind in kinds]
         if variant.kind == "decode":
             wanted = [lightning_decode.instance_of(128, 128, torch.bfloat16, n) for n in (1, 4)]
             scans = []

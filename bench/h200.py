@@ -139,8 +139,9 @@ def measure(folder: Path, lines: list[Line], arguments: argparse.Namespace) -> N
     print(f"{device}: copy {ceilings.copy_gbps:.0f} GB/s, {ceilings.matmul_tflops:.0f} TFLOP/s")
     done = {r["key"] for r in _rows(path) if r["status"] in ("ok", "failed_accuracy")}
     points = [p for line in lines for p in points_of(line, device)]
-    others = [b for b in order_of_backends() if b not in OURS]
-    for point in sorted(points, key=lambda p: p.backend in others and 1 + others.index(p.backend)):
+    others = (b for b in order_of_backends() if b not in OURS)
+    rank = {backend: n for n, backend in enumerate(others, 1)}
+    for point in sorted(points, key=lambda p: rank.get(p.backend, 0)):
         fingerprint = plan.fingerprint(point.backend)
         if point.key(fingerprint) in done or not _selected(point, arguments.only):
             continue

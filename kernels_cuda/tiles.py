@@ -14,7 +14,7 @@ DIMS = (64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How a scan is cut: tokens a chunk, columns of c a program, stages of the ring of chunks.
+    """How a scan is cut: tokens a chunk, stages of the ring of chunks.
 
     `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
     `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each. If
@@ -25,10 +25,14 @@ class Tile:
     num_stages: int
     programs_per_sm: int
     chunk: int = CHUNK
-    width: int = WIDTH
     consumers: int = 0
     paired: bool = False
     cluster_size: int = 1
+
+    @property
+    def width(self) -> int:
+        """Columns of c a program."""
+        return WIDTH * max(1, self.consumers)
 
 
 # By the shared memory of a multiprocessor in KiB, which tells architectures apart here, and by the
@@ -73,31 +77,33 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
 
 OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cuh
 
-# Of the kernels for Hopper, by the larger head dim and what asks. Two consumers share their copies; with
-# one, two blocks share them in L2 as long as they keep together, and half as many segments are needed: the
-# "narrow" tile serves short forwards, and unequal head dims. A pair of dk and dv shares its copies as scans
-# apart do in L2, while they keep together, but needs three times their segments. "cluster" is another way to
-# share copies, which nothing asks for unless it is put in another's place. All by the times in NOTES.md.
-SHORT = 8 << 20  # tokens of all heads up to which a forward is narrow, and a backward's scans apart
+# Of the kernels for Hopper, by the larger head dim. At 128 a "wide" scan's two consumers share their copies;
+# of a "narrow" one two blocks share them in L2 as long as they keep together, and half as many segments are
+# needed. A "paired" dk and dv share their copies, as scans apart do in L2 while they keep together, but need
+# three times their segments. "cluster" is another way to share copies, which nothing asks for unless it is
+# put in another's place. All by the times in NOTES.md.
 HOPPER_SCAN = {
-    (64, "forward"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
-    (64, "backward"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
+    (64, "narrow"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
-    (128, "forward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
-    (128, "backward"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128, paired=True),
-    (128, "cluster"): Tile(num_stages=4, programs_per_sm=1, consumers=1, cluster_size=2),
     (128, "narrow"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
-    (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2, width=128),
+    (128, "wide"): Tile(num_stages=3, programs_per_sm=1, consumers=2),
+    (128, "paired"): Tile(num_stages=3, programs_per_sm=1, consumers=2, paired=True),
+    (128, "cluster"): Tile(num_stages=4, programs_per_sm=1, consumers=1, cluster_size=2),
+    (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2),
 }
+SHORT = 8 << 20  # tokens of all heads up to which a forward is narrow, and a backward's scans apart
 
 
 def hopper_tile(large: int, small: int, kind: str, num_tokens: int) -> Tile | None:
-    """Tile of the kernel for Hopper; tokens are those of `kernels_cuda.lightning.tile_of`."""
-    if large != small:
-        return None if kind == "high" else HOPPER_SCAN[large, "narrow"]
-    if large == 128 and 0 < num_tokens <= SHORT:
-        kind = {"forward": "narrow", "backward": "forward"}.get(kind, kind)
-    return HOPPER_SCAN[large, kind]
+    """Tile of the kernel for Hopper; `kind` and tokens are those of `kernels_cuda.lightning.tile_of`."""
+    if kind == "high":
+        return HOPPER_SCAN[large, "high"] if large == small else None
+    if large == 64 or large != small:
+        return HOPPER_SCAN[large, "narrow"]
+    few = 0 < num_tokens <= SHORT
+    if kind == "forward":
+        return HOPPER_SCAN[128, "narrow" if few else "wide"]
+    return HOPPER_SCAN[128, "wide" if few else "paired"]
 
 
 def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance:

@@ -137,7 +137,7 @@ def clusters(monkeypatch, many_tokens):
     """Forwards at D = 128 by clusters of two blocks."""
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
-    monkeypatch.setitem(tiles.HOPPER_SCAN, (128, "forward"), tiles.HOPPER_SCAN[128, "cluster"])
+    monkeypatch.setitem(tiles.HOPPER_SCAN, (128, "wide"), tiles.HOPPER_SCAN[128, "cluster"])
     with lightning.hopper_kernels():
         yield
 
@@ -477,6 +477,7 @@ HOPPER_DEFECTS = {
         "const float past = expf(at.own.walk.decay.g * (CHUNK - 1));",
     ),
     "other_tokens_rows_not_cleared": ("i < STAGE_PANELS * granules", "i < 0"),
+    "a_short_chunk_weighted_as_a_whole_one": ("if constexpr (KEPT) load_edge_weights();", ""),
     "no_barrier_before_scores_are_read": ("group_sync(group);  // protects the scores", "// "),
     "outputs_not_waited_for": (
         "score(next);\n                products_wait<1>();",
@@ -497,23 +498,23 @@ GRADS_DEFECTS = {
     "outputs_of_both_halves_in_one_place": ("column + half * 64;", "column;"),
     "a_short_chunk_decays_by_the_factor_too": ("factor == 0.0f ? past : past_of_writes", "past"),
 }
-ALL_DEFECTS = [
-    *(("portable", name, DEFECTS | PORTABLE_DEFECTS) for name in (*DEFECTS, *PORTABLE_DEFECTS)),
-    *(("hopper", name, DEFECTS | HOPPER_DEFECTS) for name in (*DEFECTS, *HOPPER_DEFECTS)),
-    *(("hopper", name, GRADS_DEFECTS) for name in GRADS_DEFECTS),
+ALL_DEFECTS = [  # kernels, head dim, name, the table it is from
+    *(("portable", 64, name, DEFECTS | PORTABLE_DEFECTS) for name in (*DEFECTS, *PORTABLE_DEFECTS)),
+    *(("hopper", 64, name, DEFECTS | HOPPER_DEFECTS) for name in (*DEFECTS, *HOPPER_DEFECTS)),
+    *(("hopper", 128, name, HOPPER_DEFECTS) for name in HOPPER_DEFECTS),  # two consumers
+    *(("hopper", 128, name, GRADS_DEFECTS) for name in GRADS_DEFECTS),
 ]
 
 
 @on_host
 @pytest.mark.parametrize(
-    ("kernels", "defect", "known"),
+    ("kernels", "dim", "defect", "known"),
     ALL_DEFECTS,
-    ids=[f"{kernels}-{name}" for kernels, name, _ in ALL_DEFECTS],
+    ids=[f"{kernels}-{dim}-{name}" for kernels, dim, name, _ in ALL_DEFECTS],
     indirect=["kernels"],
 )
-def test_a_defect_planted_in_the_kernel_is_caught(kernels, defect, known, monkeypatch, device):
-    dims = (128, 128) if known is GRADS_DEFECTS else (64, 64)
-    inputs = inputs_of(device, T=513, dims=dims)
+def test_a_defect_planted_in_the_kernel_is_caught(kernels, dim, defect, known, monkeypatch, device):
+    inputs = inputs_of(device, T=513, dims=(dim, dim))
     inputs = replace(inputs, log_decay=torch.tensor([-0.03, -0.02, -0.01]))
     with schedules.forced_plan("single"):
         assert_right("cuda", inputs)

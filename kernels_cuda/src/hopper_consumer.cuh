@@ -79,7 +79,7 @@ template <class E, int B_DIM, int C_DIM, int HALVES, int STAGES, int STAGE_PANEL
 struct Consumer {
     static_assert(HALVES == 1 || !SPLIT, "registers are for one");
     static constexpr bool EARLY = HALVES == 1 && !SPLIT;  // registers do for products beside the scores
-    static constexpr bool KEPT = EARLY && C_DIM == 0;  // and for weights, where ptxas finds them
+    static constexpr bool KEPT = EARLY && C_DIM == 0;  // and for weights, but in hopper_grads
     using Left = uint32[1 + SPLIT][CHUNK / 16][4];  // operand of 64 rows, in registers
 
     // A stage of the ring, and the parity of the phase in which it is filled.
@@ -121,7 +121,10 @@ struct Consumer {
         Left added;  // columns of c, weighted, that join the state
         Slot slot;
         enter();
-        if constexpr (KEPT) load_weights();
+        if constexpr (KEPT) {
+            load_masks();
+            load_edge_weights();
+        }
         for (int n = 0; n < num_silent; ++n, slot = slot.next()) pass(added, slot, past);
         every(added, slot, num_heard, token, past);
         if (uniform(at.own.walk.chunks.rest) > 0) finish(added, slot, at.own.walk.chunks.rest);
@@ -154,7 +157,13 @@ struct Consumer {
         }
     }
 
-    // Outputs of `left` chunks, the first of them in `slot`.
+    // Outputs of `left` chunks, the first of them in `slot`. A turn with one state and without halves:
+    //     products started                        meanwhile
+    //     the chunk joins the state               what its tokens read of the state is weighted
+    //     what they read of its scores            waits for the next chunk's copies
+    //     the next chunk's scores                 when the first two are done: outputs to shared memory
+    //     what its tokens read of the state       when its scores are done: hands both over, prepares
+    // When all is done the stage is released, and the next chunk's turn begins.
     __device__ void every(Left& added, Slot& slot, int left, int token, float past) {
         if (left > 0) begin(added, slot, past);
         if constexpr (EARLY) {
@@ -281,20 +290,21 @@ struct Consumer {
         group_sync(group);  // protects the scores: all rows are there, for the products too
     }
 
-    __device__ void load_weights() {
+    __device__ void load_masks() {
 #pragma unroll
         for (int k = 0; k < 9; ++k)
 #pragma unroll
             for (int i = 0; i < 2; ++i) masks[k][i] = at.own.mask.at(k * 8 - 8 + pair + i, row);
-        if constexpr (KEPT) {
+    }
+
+    __device__ void load_edge_weights() {
 #pragma unroll
-            for (int k = 0; k < 8; ++k)
+        for (int k = 0; k < 8; ++k)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    reads[k][i] = at.own.edge.read[k * 8 + pair + i];
-                    writes[k][i] = at.own.edge.write[k * 8 + pair + i];
-                }
-        }
+            for (int i = 0; i < 2; ++i) {
+                reads[k][i] = at.own.edge.read[k * 8 + pair + i];
+                writes[k][i] = at.own.edge.write[k * 8 + pair + i];
+            }
     }
 
     // What a score is weighted by that is `apart` columns less rows from this thread's first.
@@ -306,7 +316,7 @@ struct Consumer {
         // Where registers are few, addresses are worked out anew.
         const int lane = EARLY ? this->lane : unknown(this->lane);
         const int between = lane % 4 * 2 - (warp * 16 + lane / 4);  // column less row, of the first score
-        if constexpr (SPLIT) load_weights();
+        if constexpr (SPLIT) load_masks();
 #pragma unroll
         for (int to = 0; to < 64; to += 16) {
             uint32 blocks[1 + SPLIT][4];
@@ -430,7 +440,7 @@ struct Consumer {
         at.own.edge.set(at.own.walk.decay, num_rows, 1.0f, threadIdx.x % 128, 128);
         fence_shared();
         block_sync(at.num_threads);  // protects cleared rows and weights, for the other consumer too
-        if constexpr (KEPT) load_weights();
+        if constexpr (KEPT) load_edge_weights();
         if (all.scan.with_output) {
             score(slot);
             products_wait<0>();

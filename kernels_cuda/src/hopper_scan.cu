@@ -4,9 +4,10 @@
 // scan.cu, which is this kernel's plain twin: it runs what this one can't.
 //
 // A producer warp keeps a ring of chunks filled by the copy engine (TMA). One or two warpgroups consume
-// it (hopper_consumer.cuh), each with its own 64 columns of c. Each stage has a barrier `full` (the copies have landed) and a barrier `empty` (every consumer is done). Two blocks
-// with one consumer each, and all columns of c between them, may be a cluster: each copies half of a and
-// of b to both, so that these leave L2 once.
+// it (hopper_consumer.cuh), each with its own 64 columns of c. Each stage has a barrier `full` (the copies
+// have landed) and a barrier `empty` (every consumer is done). Two blocks with one consumer each, and all
+// columns of c between them, may be a cluster: each copies half of a and of b to both, so that these leave
+// L2 once.
 #include "hopper_consumer.cuh"
 
 template <class E, int B_DIM, int CONSUMERS, int STAGES, bool SPLIT>
@@ -15,7 +16,8 @@ struct HopperScan {
     static constexpr int STAGE_PANELS = 2 * PANELS + CONSUMERS;
     // One more warp, or a warpgroup where groups share registers unequally, of which one thread works.
     static constexpr int NUM_THREADS = CONSUMERS == 1 ? 128 + 32 : 2 * 128 + 128;
-    static constexpr int BLOCKS_PER_SM = 2 * (SHARED_BYTES + 1024) <= 228 << 10 ? 2 : 1;
+    static constexpr int RESERVED_BYTES = 1024, SM_BYTES = 228 << 10;  // a block, a multiprocessor
+    static constexpr int BLOCKS_PER_SM = 2 * (SHARED_BYTES + RESERVED_BYTES) <= SM_BYTES ? 2 : 1;
 
     struct Shared {
         Panel ring[STAGES * STAGE_PANELS];  // in a stage those of b, c, a
