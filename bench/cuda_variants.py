@@ -132,13 +132,13 @@ def compile_one(number):
     with applied(variant):
         tile = variant.tile or tiles.scan_tile(variant.dim, (9, 0))
         precision = "high" if variant.kind == "high" else "default"
-        wanted, scans = [lightning.PREFIX], [tile]
         if variant.kind == "decode":
             wanted = [lightning_decode.instance_of(128, 128, torch.bfloat16, n) for n in (1, 4)]
-            scans = []
-        elif tile.paired:
+        else:
+            scan = lightning.instance_of(variant.dim, torch.bfloat16, tile, precision)
+            wanted = [lightning.PREFIX, scan]
+        if tile.paired:
             wanted.append(lightning.grads_of(torch.bfloat16, tile))
-        wanted += [lightning.instance_of(variant.dim, torch.bfloat16, x, precision) for x in scans]
         try:
             for instance in wanted:
                 module.cubin(instance, "sm_90a")
