@@ -25,10 +25,7 @@ MAX_REMEMBERED = 256
 
 
 class Tile(Protocol):
-    """How kernels cut a call: tokens a chunk, columns a program, programs a multiprocessor holds.
-
-    If `paired`, those of all scans of a backward count as one.
-    """
+    """How kernels cut a call: tokens a chunk, columns a program, programs a multiprocessor holds."""
 
     @property
     def chunk(self) -> int: ...  # noqa: D102
@@ -36,8 +33,6 @@ class Tile(Protocol):
     def width(self) -> int: ...  # noqa: D102
     @property
     def programs_per_sm(self) -> int: ...  # noqa: D102
-    @property
-    def paired(self) -> bool: ...  # noqa: D102
 
 
 class Schedule(NamedTuple):
@@ -104,12 +99,11 @@ def planned_schedule(call: Call, bounds: tuple, decays: tuple | None) -> Schedul
     """Plan a call whose bounds are known, and write its tables; unknown decays count as none."""
     batch, heads, device = call.key.shape[0], call.key.shape[1], call.key.device
     dims, tile = (call.key.shape[3], call.value.shape[3]), call.tile
-    num_scans = 1 if tile.paired else call.num_scans
     machine = Machine(
         slots=tile.programs_per_sm * num_multiprocessors(device),
-        programs_per_unit=num_scans * -(-max(dims) // tile.width),
+        programs_per_unit=call.num_scans * -(-max(dims) // tile.width),
         chunk=tile.chunk,
-        num_scans=num_scans,
+        num_scans=call.num_scans,
     )
     mode, num_segments = _forced
     documents = list(itertools.pairwise(bounds))

@@ -107,12 +107,6 @@ def instance_of(b_dim: int, dtype: torch.dtype, tile: Tile, precision: str) -> I
     return make(ELEMENTS[dtype], b_dim, tile, precision == "high")
 
 
-@cache
-def grads_of(dtype: torch.dtype, tile: Tile) -> Instance:
-    """The kernel that runs the three scans of a backward with a paired tile."""
-    return tiles.grads_instance(ELEMENTS[dtype], tile)
-
-
 def why_not(
     key_dim: int, value_dim: int, dtype: torch.dtype, device_type: str, precision: str
 ) -> str | None:
@@ -193,8 +187,6 @@ def launch_scans(
         params = maps.ljust(_MAPS_BYTES, b"\0") + params + _PADDING
     grid = units.shape[0] * heads_per_row * len(scans) * (c.shape[3] // tile.width)
     instance = instance_of(b.shape[3], b.dtype, tile, precision)
-    if tile.paired and len(scans) == 3:
-        instance, grid = grads_of(b.dtype, tile), units.shape[0] * heads_per_row * 2
     module.kernel(instance, b.device)(grid, params, b.device)
 
 

@@ -17,16 +17,14 @@ class Tile:
     """How a scan is cut: tokens a chunk, stages of the ring of chunks.
 
     `programs_per_sm` is how many a multiprocessor holds at once; the planner fills that many slots. With
-    `consumers` the tile is one of the kernels for Hopper: so many warpgroups take 64 columns each. If
-    `paired`, a program runs the scans of dk and dv, and another, which comes after it, that of dq: together
-    they count as one. Both programs of a cluster of two share their copies of a and b.
+    `consumers` the tile is one of the kernel for Hopper: so many warpgroups take 64 columns each. Both
+    programs of a cluster of two share their copies of a and b.
     """
 
     num_stages: int
     programs_per_sm: int
     chunk: int = CHUNK
     consumers: int = 0
-    paired: bool = False
     cluster_size: int = 1
 
     @property
@@ -75,23 +73,21 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
     )
 
 
-OWN_BYTES = 4 * 4 * CHUNK + 72  # of a consumer: `Own` of src/hopper_consumer.cuh
+OWN_BYTES = 4 * 4 * CHUNK + 72  # `Own` of src/hopper_consumer.cuh
 
-# Of the kernels for Hopper, by the larger head dim. At 128 a "wide" scan's two consumers share their copies;
-# of a "narrow" one two blocks share them in L2 as long as they keep together, and half as many segments are
-# needed. A "paired" dk and dv share their copies, as scans apart do in L2 while they keep together, but need
-# three times their segments. "cluster" is another way to share copies, which nothing asks for unless it is
-# put in another's place. All by the times in NOTES.md.
+# Of the kernel for Hopper, by the larger head dim. At 128 a "wide" scan's two consumers share their copies and
+# scores; of a "narrow" one two blocks share copies in L2, and half as many segments are needed. "cluster" is
+# another way to share copies, which nothing asks for unless it is put in another's place. All by the times in
+# NOTES.md.
 HOPPER_SCAN = {
     (64, "narrow"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),
     (128, "narrow"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (128, "wide"): Tile(num_stages=3, programs_per_sm=1, consumers=2),
-    (128, "paired"): Tile(num_stages=3, programs_per_sm=1, consumers=2, paired=True),
     (128, "cluster"): Tile(num_stages=4, programs_per_sm=1, consumers=1, cluster_size=2),
     (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2),
 }
-SHORT = 8 << 20  # tokens of all heads up to which a forward is narrow, and a backward's scans apart
+SHORT = 8 << 20  # tokens of all heads up to which a forward is narrow
 
 
 def hopper_tile(large: int, small: int, kind: str, num_tokens: int) -> Tile | None:
@@ -100,35 +96,21 @@ def hopper_tile(large: int, small: int, kind: str, num_tokens: int) -> Tile | No
         return HOPPER_SCAN[large, "high"] if large == small else None
     if large == 64 or large != small:
         return HOPPER_SCAN[large, "narrow"]
-    few = 0 < num_tokens <= SHORT
-    if kind == "forward":
-        return HOPPER_SCAN[128, "narrow" if few else "wide"]
-    return HOPPER_SCAN[128, "wide" if few else "paired"]
+    short = kind == "forward" and 0 < num_tokens <= SHORT
+    return HOPPER_SCAN[128, "narrow" if short else "wide"]
 
 
 def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance:
     """The scan kernel for Hopper, for 16-bit elements and a dim of b; `split` as above."""
     box = 2 * CHUNK * 64
     stage = box * (2 * b_dim // 64 + tile.consumers)
-    scores_and_out = box * tile.consumers * (4 - split)
+    scores_and_out = box * (2 + tile.consumers * (2 - split))
     sizes = map(str, (b_dim, tile.consumers, tile.num_stages))
-    own, barriers = tile.consumers * OWN_BYTES, 2 * 8 * tile.num_stages
+    barriers = 2 * 8 * tile.num_stages
     return Instance(
         name="hopper_scan",
         arguments=", ".join([element, *sizes, str(split).lower()]),
         num_threads=160 if tile.consumers == 1 else 384,
         cluster_size=tile.cluster_size,
-        shared_bytes=tile.num_stages * stage + scores_and_out + own + barriers,
-    )
-
-
-def grads_instance(element: str, tile: Tile) -> Instance:
-    """The kernel for Hopper that runs the scans of dq, dk and dv, of which dk and dv share a block."""
-    box = 2 * CHUNK * 64
-    ring, buffers = tile.num_stages * 4 * 2 * box, 4 * box
-    return Instance(
-        name="hopper_grads",
-        arguments=f"{element}, {tile.num_stages}",
-        num_threads=384,
-        shared_bytes=ring + buffers + 2 * OWN_BYTES + 2 * 8 * tile.num_stages,
+        shared_bytes=tile.num_stages * stage + scores_and_out + OWN_BYTES + barriers,
     )

@@ -23,7 +23,6 @@ class Tile:
     num_stages: int
     programs_per_sm: int
     consumers: int = 0
-    paired: bool = False  # no kernel here runs two scans in one program
 
 
 def padded(dim: int) -> int:

@@ -118,10 +118,8 @@ def test_a_single_token_is_not_rounded_on_its_way_into_the_state(kernels, dims, 
     ("num_tokens", "few"), [(1, True), (8 << 20, True), ((8 << 20) + 1, False), (0, False)]
 )
 def test_few_tokens_have_tiles_of_their_own(num_tokens, few):
-    forward, backward = (
-        tiles.hopper_tile(128, 128, kind, num_tokens) for kind in ("forward", "backward")
-    )
-    assert (forward.consumers == 1, backward.paired) == (few, not few)
+    tile = tiles.hopper_tile(128, 128, "forward", num_tokens)
+    assert (tile.consumers == 1) == few
 
 
 @pytest.mark.parametrize(("mode", "segments"), MODES[:3])
@@ -473,36 +471,34 @@ PORTABLE_DEFECTS = {
 }
 HOPPER_DEFECTS = {
     "one_decay_step_missing_across_chunks": (
-        "const float past = expf(at.own.walk.decay.g * CHUNK);",
-        "const float past = expf(at.own.walk.decay.g * (CHUNK - 1));",
+        "const float past = expf(shared.own.walk.decay.g * CHUNK);",
+        "const float past = expf(shared.own.walk.decay.g * (CHUNK - 1));",
     ),
-    "other_tokens_rows_not_cleared": ("i < STAGE_PANELS * granules", "i < 0"),
-    "a_short_chunk_weighted_as_a_whole_one": ("if constexpr (KEPT) load_edge_weights();", ""),
-    "no_barrier_before_scores_are_read": ("group_sync(group);  // protects the scores", "// "),
+    "other_tokens_rows_not_cleared": ("i < Shared::STAGE_PANELS * granules", "i < 0"),
+    "a_short_chunk_weighted_as_a_whole_one": ("if constexpr (!SPLIT) load_edge_weights();\n        if (all.scan", "if (all.scan"),
+    "no_barrier_before_scores_are_read": ("sync();  // protects the scores", "// "),
     "outputs_not_waited_for": (
-        "score(next);\n                products_wait<1>();",
+        "score(next);\n            products_wait<1>();",
         "score(next); products_wait<2>();",
     ),
-    "no_barrier_before_outputs_are_stored": ("group_sync(group);  // protects both", "// "),
+    "no_barrier_before_outputs_are_stored": ("sync();  // protects both", "// "),
     "copies_into_a_stage_that_is_still_read": (
         "if (round > 0) shared.empty",
         "if (false) shared.empty",
     ),
 }
-GRADS_DEFECTS = {
-    "dk_and_dv_read_each_others_state": ("(2 + group) * PANELS", "(3 - group) * PANELS"),
-    "half_of_the_state_does_not_decay": (
-        "state[half][i] *= past;",
-        "state[half][i] *= half ? 1.0f : past;",
-    ),
-    "outputs_of_both_halves_in_one_place": ("column + half * 64;", "column;"),
-    "a_short_chunk_decays_by_the_factor_too": ("factor == 0.0f ? past : past_of_writes", "past"),
+TWO_CONSUMERS_DEFECTS = {
+    "scores_of_the_same_tokens_twice": ("[Shared::A] + first_to * 128", "[Shared::A]"),
+    "a_barrier_of_one_consumer_alone": ("sync();  // protects both", "consumers_sync(128);  // "),
+    "masks_of_the_other_tokens": ("mask.at(first_to +", "mask.at("),
 }
 ALL_DEFECTS = [  # kernels, head dim, name, the table it is from
     *(("portable", 64, name, DEFECTS | PORTABLE_DEFECTS) for name in (*DEFECTS, *PORTABLE_DEFECTS)),
     *(("hopper", 64, name, DEFECTS | HOPPER_DEFECTS) for name in (*DEFECTS, *HOPPER_DEFECTS)),
-    *(("hopper", 128, name, HOPPER_DEFECTS) for name in HOPPER_DEFECTS),  # two consumers
-    *(("hopper", 128, name, GRADS_DEFECTS) for name in GRADS_DEFECTS),
+    *(
+        ("hopper", 128, name, HOPPER_DEFECTS | TWO_CONSUMERS_DEFECTS)
+        for name in (*HOPPER_DEFECTS, *TWO_CONSUMERS_DEFECTS)
+    ),
 ]
 
 

@@ -38,8 +38,6 @@ def instances(capability):
         ):
             precision = "high" if kind == "high" else "default"
             yield lightning.instance_of(dim, dtype, tile, precision), tile
-            if tile.paired:
-                yield lightning.grads_of(dtype, tile), tile
             if kind == "narrow":  # dims: that of b may be the smaller
                 yield lightning.instance_of(64, dtype, tile, precision), tile
 

@@ -24,7 +24,7 @@ struct Barrier {
     __device__ void arrive_in(int rank) {
         asm volatile("{\n.reg .b32 there;\n"
                      "mapa.shared::cluster.u32 there, %0, %1;\n"
-                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
+                     "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
                      :: "r"(shared_address(this)), "r"(rank) : "memory");
     }
 
@@ -76,24 +76,13 @@ __device__ inline void fence_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A barrier of the 128 threads of warpgroup `group`.
-__device__ inline void group_sync(int group) {
-    asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory");
-}
-
-// A barrier of a block's first `num_threads` threads.
-__device__ inline void block_sync(int num_threads) {
-    asm volatile("bar.sync 3, %0;" :: "r"(num_threads) : "memory");
+// A barrier of a block's first `num_threads` threads, those of its consumers.
+__device__ inline void consumers_sync(int num_threads) {
+    asm volatile("bar.sync 1, %0;" :: "r"(num_threads) : "memory");
 }
 
 // The same value, which all lanes of the warp have: the compiler may keep it in a register that they share.
 __device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
-
-// The same value, of which the compiler knows nothing: what follows from it is not kept across a loop.
-__device__ inline int unknown(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
 
 // Registers a thread of this warpgroup, where the block's groups share them unequally.
 template <int COUNT>
@@ -198,15 +187,16 @@ constexpr bool is_bfloat16 = false;
 template <>
 constexpr bool is_bfloat16<bfloat16> = true;
 
-// Registers of a sum of N = 64 and N = 128, as text and as operands.
-#define TEXT_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+// Registers of a sum of N = 32, N = 64 and N = 128, as text and as operands.
+#define TEXT_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define TEXT_32 TEXT_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define TEXT_64 TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
                 "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SUM_8(x, i) \
     "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), \
     "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), "+f"(x[i + 7])
-#define SUM_32(x, i) SUM_8(x, i), SUM_8(x, i + 8), SUM_8(x, i + 16), SUM_8(x, i + 24)
+#define SUM_16(x, i) SUM_8(x, i), SUM_8(x, i + 8)
+#define SUM_32(x, i) SUM_16(x, i), SUM_16(x, i + 16)
 
 // A product that adds to the sum unless the operand `add_operand` is 0.
 #define PRODUCT(shape_and_types, sum_text, operands, add_operand) \
@@ -237,22 +227,32 @@ __device__ void product(float (&sum)[N / 2], const uint32 (&left)[4], Matrix<RIG
 #undef WIDE
 }
 
-// Both operands from shared memory, N = 64.
-template <class E, bool LEFT_ROWS, bool RIGHT_ROWS>
-__device__ void product(float (&sum)[32], Matrix<LEFT_ROWS> left, Matrix<RIGHT_ROWS> right, bool add) {
+// Both operands from shared memory, N = 32 or 64.
+template <class E, bool LEFT_ROWS, bool RIGHT_ROWS, int COUNT>
+__device__ void product(float (&sum)[COUNT], Matrix<LEFT_ROWS> left, Matrix<RIGHT_ROWS> right, bool add) {
+    static_assert(COUNT == 16 || COUNT == 32, "a chunk's scores, or half of them");
 #define OPERANDS "l"(left.bits), "l"(right.bits), "r"((int)add), "n"(!LEFT_ROWS), "n"(!RIGHT_ROWS)
+#define HALF(type) PRODUCT("m64n32k16.f32." type "." type, TEXT_16, \
+                           "%16, %17, add, 1, 1, %19, %20", "%18")
 #define NARROW(type) PRODUCT("m64n64k16.f32." type "." type, TEXT_32, \
                              "%32, %33, add, 1, 1, %35, %36", "%34")
-    if constexpr (is_bfloat16<E>)
+    if constexpr (COUNT == 16 && is_bfloat16<E>)
+        asm volatile(HALF("bf16") : SUM_16(sum, 0) : OPERANDS);
+    else if constexpr (COUNT == 16)
+        asm volatile(HALF("f16") : SUM_16(sum, 0) : OPERANDS);
+    else if constexpr (is_bfloat16<E>)
         asm volatile(NARROW("bf16") : SUM_32(sum, 0) : OPERANDS);
     else
         asm volatile(NARROW("f16") : SUM_32(sum, 0) : OPERANDS);
 #undef OPERANDS
+#undef HALF
 #undef NARROW
 }
 
 #undef PRODUCT
 #undef SUM_8
+#undef SUM_16
 #undef SUM_32
+#undef TEXT_16
 #undef TEXT_32
 #undef TEXT_64

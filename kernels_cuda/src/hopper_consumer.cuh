@@ -1,12 +1,12 @@
 // A warpgroup that carries a state over the chunks of a unit, which a producer's copies bring.
 //
-// It owns HALVES times 64 columns of c and, in registers, as many rows of the state [dim of c, dim of b].
-// A dim of c that is only known at run time is given as 0.
-// In a chunk it starts the products that the state waits for, then the next chunk's scores, which wait
-// for copies alone: the tensor cores work while scores are weighted and outputs are stored.
+// It owns 64 columns of c and, in registers, as many rows of the state [dim of c, dim of b]. In a chunk it
+// starts the products that the state waits for, then the next chunk's scores, which wait for copies alone: the
+// tensor cores work while scores are weighted and outputs are stored.
 //     scores [from, to] = B A^T (of the chunk before)
 //     O^T = S A^T,   S += (C weighted)^T B,   O^T += C^T scores
 // The state and weighted c are left operands from registers; a, b, c are read as the copy engine put them.
+// Two consumers want the same scores, so each works out those of half of the tokens that read.
 //
 // 16-bit inputs. Scores, state and weighted c are rounded once; with SPLIT each enters as a high and a low
 // half, and a chunk's share is summed up apart before it joins the state: products truncate their sums.
@@ -50,37 +50,37 @@ struct Course {
           first(uniform(chunks.first)), head(uniform(unit.head)), batch(uniform(unit.batch)) {}
 };
 
-// What a consumer keeps in shared memory, since its registers are the state's.
+// What consumers look up in shared memory.
 struct Own {
     Mask mask;
     EdgeWeights edge;  // with the factor of all writes in it
     Walk walk;
 
-    __device__ void set(const Walk& walk, float write_factor, int group) {
-        const int thread = threadIdx.x % 128;
-        mask.set(walk.decay, thread, 128);
-        edge.set(walk.decay, CHUNK, write_factor, thread, 128);
-        if (thread == 0) this->walk = walk;
-        group_sync(group);  // protects all of this: it is there
+    __device__ void set(const Walk& walk, float write_factor, int num_threads) {
+        mask.set(walk.decay, threadIdx.x, num_threads);
+        edge.set(walk.decay, CHUNK, write_factor, threadIdx.x, num_threads);
+        if (threadIdx.x == 0) this->walk = walk;
+        consumers_sync(num_threads);  // protects all of this: it is there
     }
 };
 
-// Where a consumer finds what it works with. Operands are those of the ring's first stage.
-struct Places {
-    const Panel *a, *b;
-    Panel *c, *ring;
-    Panel *scores, *out;  // its own: two of each or, where a state takes more, one (scores: for each half)
-    Own& own;
-    Barrier *full, *empty;
-    int num_threads;  // of all consumers
+template <int B_DIM, int CONSUMERS, int STAGES, bool SPLIT>
+struct HopperShared {
+    static constexpr int PANELS = B_DIM / 64, STAGE_PANELS = 2 * PANELS + CONSUMERS;
+    static constexpr int B = 0, C = PANELS, A = PANELS + CONSUMERS;  // their first panels in a stage
+
+    Panel ring[STAGES * STAGE_PANELS];
+    Panel scores[2], out[CONSUMERS][2 - SPLIT];  // of scores two halves, or of two turns
+    Own own;
+    Barrier full[STAGES], empty[STAGES];
 };
 
-template <class E, int B_DIM, int C_DIM, int HALVES, int STAGES, int STAGE_PANELS, bool SPLIT>
+template <class E, int B_DIM, int CONSUMERS, int STAGES, bool SPLIT>
 struct Consumer {
-    static_assert(HALVES == 1 || !SPLIT, "registers are for one");
-    static constexpr bool EARLY = HALVES == 1 && !SPLIT;  // registers do for products beside the scores
-    static constexpr bool KEPT = EARLY && C_DIM == 0;  // and for weights, but in hopper_grads
+    using Shared = HopperShared<B_DIM, CONSUMERS, STAGES, SPLIT>;
     using Left = uint32[1 + SPLIT][CHUNK / 16][4];  // operand of 64 rows, in registers
+    static constexpr int NUM_THREADS = CONSUMERS * 128;
+    static constexpr int TO = CHUNK / CONSUMERS;  // tokens that read, of the scores that it works out
 
     // A stage of the ring, and the parity of the phase in which it is filled.
     struct Slot {
@@ -92,42 +92,42 @@ struct Consumer {
             constexpr uint32 SUCCESSORS = 0x76543210u >> 4 & ~(0xfu << 4 * (STAGES - 1));
             return {(int)(SUCCESSORS >> 4 * stage & 7), parity ^ (1 << (STAGES - 1)) >> stage & 1};
         }
-        __device__ int panel() const { return stage * STAGE_PANELS; }  // the first
     };
 
     const HopperScanParams& all;
     const Course course;
-    const Places at;
+    Shared& shared;
     const int index;   // of the scan
     const int column;  // of c, the first
     const int group;
+    const int first_to = group * TO;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int row = warp * 16 + lane / 4, pair = lane % 4 * 2;  // of a sum's first element
-    float state[HALVES][B_DIM / 2];  // each [64, B_DIM]: row c, column b
-    float scores[32];                // [64, 64]: row from, column to
-    float sums[32];                  // [64, 64]: row c, column token
-    float masks[9][2];               // of this thread's scores, by columns less rows in steps of 8
+    float state[B_DIM / 2];  // [64, B_DIM]: row c, column b
+    float scores[TO / 2];    // [64, TO]: row from, column to
+    float sums[32];          // [64, 64]: row c, column token
+    float masks[TO / 8 + 1][2];  // of this thread's scores, by columns less rows in steps of 8
     float reads[8][2], writes[8][2];  // of its columns: weights from and to the chunk's edge
 
-    __device__ Consumer(const HopperScanParams& all, const Course& course, const Places& at, int index,
+    __device__ Consumer(const HopperScanParams& all, const Course& course, Shared& shared, int index,
                         int column, int group)
-        : all(all), course(course), at(at), index(index), column(column), group(group) {}
+        : all(all), course(course), shared(shared), index(index), column(column), group(group) {}
 
     __device__ void run() {
         const int num_silent = course.num_warm + (all.scan.with_output ? 0 : course.num_whole);
         const int num_heard = all.scan.with_output ? course.num_whole : 0;
-        const float past = expf(at.own.walk.decay.g * CHUNK);
+        const float past = expf(shared.own.walk.decay.g * CHUNK);
         const int token = course.first + num_silent * step();
         Left added;  // columns of c, weighted, that join the state
         Slot slot;
         enter();
-        if constexpr (KEPT) {
+        if constexpr (!SPLIT) {
             load_masks();
             load_edge_weights();
         }
         for (int n = 0; n < num_silent; ++n, slot = slot.next()) pass(added, slot, past);
-        every(added, slot, num_heard, token, past);
-        if (uniform(at.own.walk.chunks.rest) > 0) finish(added, slot, at.own.walk.chunks.rest);
+        if (num_heard > 0) every(added, slot, num_heard, token, past);
+        if (uniform(shared.own.walk.chunks.rest) > 0) finish(added, slot, shared.own.walk.chunks.rest);
         leave();
         if (threadIdx.x % 128 == 0) store_wait();  // shared memory must outlive the last store
     }
@@ -135,127 +135,102 @@ struct Consumer {
     // A chunk that only updates the state.
     __device__ void pass(Left& added, const Slot& slot, float past) {
         wait_full(slot);
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half) update(added, slot, half, past);
+        if constexpr (SPLIT) {
+            write_apart(added, slot, past);
+        } else {
+            prepare(added, slot, past);
+            write(added, slot);
+            products_wait<0>();
+            keep(state);
+        }
         release(slot);
     }
 
-    // What a turn begins with: weighted scores in shared memory and, with one state, what the chunk's tokens
-    // read of it and what they will add to it. Each turn ends with the next chunk's; after the last chunk
-    // these are its own again, so as not to branch.
-    __device__ void begin(Left& added, const Slot& slot, float past) {
-        wait_full(slot);
-        score(slot);
-        products_wait<0>();
-        keep(scores);
-        store_scores();
-        if constexpr (HALVES == 1) {
-            read_state(slot, 0);
-            if constexpr (!SPLIT) prepare(added, slot, 0, past);
-            products_wait<0>();
-            keep(sums);
-        }
-    }
-
-    // Outputs of `left` chunks, the first of them in `slot`. A turn with one state and without halves:
+    // Outputs of `left` chunks, the first of them in `slot`. A turn begins with the chunk's weighted scores in
+    // shared memory, what its tokens read of the state and, without halves, what they will add to it:
     //     products started                        meanwhile
     //     the chunk joins the state               what its tokens read of the state is weighted
     //     what they read of its scores            waits for the next chunk's copies
     //     the next chunk's scores                 when the first two are done: outputs to shared memory
     //     what its tokens read of the state       when its scores are done: hands both over, prepares
-    // When all is done the stage is released, and the next chunk's turn begins.
+    // When all is done the stage is released, and the next chunk's turn begins. After the last chunk the next
+    // one is the last again, so as not to branch.
     __device__ void every(Left& added, Slot& slot, int left, int token, float past) {
-        if (left > 0) begin(added, slot, past);
-        if constexpr (EARLY) {
-            for (int buffer = 0; left > 0; --left, token += step(), buffer ^= 1) {
-                const bool more = left > 1;
-                const Slot next = more ? slot.next() : slot;
-                write(added, slot, 0);
-                weigh();
-                read_scores(slot, 0, buffer);
-                wait_full(next);
-                score(next);
-                products_wait<1>();
-                keep(sums);
-                keep(state[0]);
+        wait_full(slot);
+        score(slot);
+        products_wait<0>();
+        keep(scores);
+        store_scores();
+        read_state(slot);
+        if constexpr (!SPLIT) prepare(added, slot, past);
+        products_wait<0>();
+        keep(sums);
+        for (int buffer = 0; left > 0; --left, token += step(), slot = slot.next()) {
+            const bool more = left > 1;
+            const Slot next = more ? slot.next() : slot;
+            if constexpr (!SPLIT) write(added, slot);
+            weigh();
+            read_scores(slot, buffer);
+            wait_full(next);
+            score(next);
+            products_wait<1>();
+            keep(sums);
+            if constexpr (!SPLIT) {
+                keep(state);
                 put_outputs(buffer);
-                read_state(next, 0);
+                read_state(next);
                 products_wait<1>();
                 keep(scores);
+                buffer ^= 1;
                 hand_over(buffer, token);
-                prepare(added, next, 0, more ? past : 1.0f);
+                prepare(added, next, more ? past : 1.0f);
+            } else {
+                store(token, CHUNK);
+                write_apart(added, slot, past);
                 products_wait<0>();
-                keep(sums);
-                release(slot);
-                slot = slot.next();
+                keep(scores);
+                store_scores();
+                read_state(next);
             }
-            return;
-        }
-        for (; left > 0; --left, token += step()) {
-            const Slot next = left > 1 ? slot.next() : slot;
-#pragma unroll
-            for (int half = 0; half < HALVES; ++half) {
-                if constexpr (HALVES > 1) {
-                    read_state(slot, half);
-                    prepare(added, slot, half, past);
-                    write(added, slot, half);
-                    products_wait<1>();
-                    keep(sums);
-                }
-                weigh();
-                read_scores(slot, half);
-                if (half + 1 < HALVES) {
-                    products_wait<0>();
-                } else {
-                    wait_full(next);
-                    score(next);
-                    products_wait<1>();
-                }
-                keep(sums);
-                if constexpr (!SPLIT) keep(state[half]);
-                store(half, token, CHUNK);
-            }
-            if constexpr (SPLIT) write_apart(added, slot, 0, past);
             products_wait<0>();
-            keep(scores);
-            store_scores();
-            if constexpr (SPLIT) {
-                read_state(next, 0);
-                products_wait<0>();
-                keep(sums);
-            }
+            keep(sums);
             release(slot);
-            slot = slot.next();
         }
     }
 
     // The next scores and this chunk's outputs are in shared memory: show them to products and copies.
-    __device__ void hand_over(int buffer, int token) {
-        put_scores(buffer ^ 1);
+    __device__ void hand_over(int next_buffer, int token) {
+        put_scores(next_buffer);
         if (threadIdx.x % 128 == 0) store_wait();  // the box stored before has left its buffer
         fence_shared();
-        group_sync(group);  // protects both: they are there, and what was read before may be overwritten
+        sync();  // protects both: they are there, and what was read before may be overwritten
         if (threadIdx.x % 128 == 0)
-            store_box(all.maps[index][3], at.out[buffer], column, token, course.head, course.batch);
+            store_box(all.maps[index][3], shared.out[group][next_buffer ^ 1], column, token, course.head,
+                      course.batch);
     }
+
+    __device__ void sync() const { consumers_sync(NUM_THREADS); }
 
     // Tokens to the next chunk.
     __device__ int step() const { return index >= all.scan.first_back ? -CHUNK : CHUNK; }
 
-    __device__ void wait_full(const Slot& slot) { at.full[slot.stage].wait_together(slot.parity); }
+    // The first of a stage's panels.
+    __device__ Panel* panels(const Slot& slot) const { return shared.ring + slot.stage * Shared::STAGE_PANELS; }
+
+    __device__ void wait_full(const Slot& slot) { shared.full[slot.stage].wait_together(slot.parity); }
 
     // To all blocks of the cluster, since each copies for all.
     __device__ void release(const Slot& slot) {
         if constexpr (CLUSTER_SIZE == 1) {
-            if (lane == 0) at.empty[slot.stage].arrive();
+            if (lane == 0) shared.empty[slot.stage].arrive();
         } else {
-            if (lane < CLUSTER_SIZE) at.empty[slot.stage].arrive_in(lane);
+            if (lane < CLUSTER_SIZE) shared.empty[slot.stage].arrive_in(lane);
         }
     }
 
     // scores [from, to] = B A^T
     __device__ void score(const Slot& slot) {
-        const Matrix<true> b(at.b[slot.panel()]), a(at.a[slot.panel()]);
+        const Matrix<true> b(panels(slot)[Shared::B]), a(panels(slot)[Shared::A] + first_to * 128);
         keep(scores);
         products_begin();
 #pragma unroll
@@ -264,12 +239,12 @@ struct Consumer {
     }
 
     // sums [c, token] = S A^T
-    __device__ void read_state(const Slot& slot, int half) {
-        const Matrix<true> a(at.a[slot.panel()]);
+    __device__ void read_state(const Slot& slot) {
+        const Matrix<true> a(panels(slot)[Shared::A]);
         uint32 left[1 + SPLIT][B_DIM / 16][4];
 #pragma unroll
         for (int i = 0; i < B_DIM / 4; ++i) {
-            const Halves<E, SPLIT> halves(state[half][2 * i], state[half][2 * i + 1]);
+            const Halves<E, SPLIT> halves(state[2 * i], state[2 * i + 1]);
             left[0][i / 4][i % 4] = halves.high;
             if constexpr (SPLIT) left[1][i / 4][i % 4] = halves.low;
         }
@@ -287,14 +262,14 @@ struct Consumer {
     __device__ void store_scores() {
         put_scores(0);
         fence_shared();
-        group_sync(group);  // protects the scores: all rows are there, for the products too
+        sync();  // protects the scores: all of them are there, for the products too
     }
 
     __device__ void load_masks() {
 #pragma unroll
-        for (int k = 0; k < 9; ++k)
+        for (int k = 0; k < TO / 8 + 1; ++k)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) masks[k][i] = at.own.mask.at(k * 8 - 8 + pair + i, row);
+            for (int i = 0; i < 2; ++i) masks[k][i] = shared.own.mask.at(first_to + k * 8 - 8 + pair + i, row);
     }
 
     __device__ void load_edge_weights() {
@@ -302,36 +277,28 @@ struct Consumer {
         for (int k = 0; k < 8; ++k)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                reads[k][i] = at.own.edge.read[k * 8 + pair + i];
-                writes[k][i] = at.own.edge.write[k * 8 + pair + i];
+                reads[k][i] = shared.own.edge.read[k * 8 + pair + i];
+                writes[k][i] = shared.own.edge.write[k * 8 + pair + i];
             }
     }
 
-    // What a score is weighted by that is `apart` columns less rows from this thread's first.
-    __device__ float mask(int between, int apart) const {
-        return KEPT || SPLIT ? masks[(apart + 8) / 8][apart & 1] : at.own.mask.at(between + apart, 0);
-    }
-
     __device__ void put_scores(int buffer) {
-        // Where registers are few, addresses are worked out anew.
-        const int lane = EARLY ? this->lane : unknown(this->lane);
-        const int between = lane % 4 * 2 - (warp * 16 + lane / 4);  // column less row, of the first score
         if constexpr (SPLIT) load_masks();
 #pragma unroll
-        for (int to = 0; to < 64; to += 16) {
+        for (int to = 0; to < TO; to += 16) {
             uint32 blocks[1 + SPLIT][4];
 #pragma unroll
             for (int block = 0; block < 4; ++block) {
                 const float* x = scores + to / 2 + block / 2 * 4 + block % 2 * 2;
-                const int apart = to + block / 2 * 8 - block % 2 * 8;
-                const Halves<E, SPLIT> halves(x[0] * mask(between, apart), x[1] * mask(between, apart + 1));
+                const float* mask = masks[to / 8 + block / 2 - block % 2 + 1];
+                const Halves<E, SPLIT> halves(x[0] * mask[0], x[1] * mask[1]);
                 blocks[0][block] = halves.high;
                 if constexpr (SPLIT) blocks[1][block] = halves.low;
             }
 #pragma unroll
             for (int part = 0; part <= SPLIT; ++part) {
-                const Tile<64> tile = {at.scores[buffer + part]};
-                const int r = warp * 16 + lane % 16, granule = to / GRANULE + lane / 16;
+                const Tile<64> tile = {shared.scores[buffer + part]};
+                const int r = warp * 16 + lane % 16, granule = (first_to + to) / GRANULE + lane / 16;
                 store_blocks<false>(tile.granule(r, granule), blocks[part]);
             }
         }
@@ -341,35 +308,35 @@ struct Consumer {
     __device__ void weigh() {
 #pragma unroll
         for (int n = 0; n < 32; ++n)
-            sums[n] *= KEPT ? reads[n / 4][n % 2] : at.own.edge.read[n / 4 * 8 + pair + n % 2];
+            sums[n] *= SPLIT ? shared.own.edge.read[n / 4 * 8 + pair + n % 2] : reads[n / 4][n % 2];
     }
 
     // sums += C^T scores
-    __device__ void read_scores(const Slot& slot, int half, int buffer = 0) {
-        const Matrix<false> c(at.c[slot.panel() + half]);
+    __device__ void read_scores(const Slot& slot, int buffer) {
+        const Matrix<false> c(panels(slot)[Shared::C + group]);
         keep(sums);
         products_begin();
 #pragma unroll
         for (int part = 0; part <= SPLIT; ++part)
 #pragma unroll
             for (int from = 0; from < CHUNK; from += 16) {
-                const Matrix<false> weighted(at.scores[buffer + part]);
+                const Matrix<false> weighted(shared.scores[buffer + part]);
                 product<E>(sums, c.at(from), weighted.at(from), true);
             }
         products_commit();
     }
 
     // Columns of c as rows of a left operand, weighted and rounded.
-    __device__ void weighted(Left& left, const Slot& slot, int half) {
-        const Tile<64> c = {at.c[slot.panel() + half]};
+    __device__ void weighted(Left& left, const Slot& slot) {
+        const Tile<64> c = {panels(slot)[Shared::C + group]};
 #pragma unroll
         for (int j = 0; j < CHUNK / 16; ++j) {
             uint32 blocks[4];
             c.left_transposed(blocks, j * 16, warp * 16);
 #pragma unroll
             for (int block = 0; block < 4; ++block) {
-                const float* w = KEPT ? writes[j * 2 + block / 2]
-                                      : at.own.edge.write + j * 16 + block / 2 * 8 + pair;
+                const float* w = SPLIT ? shared.own.edge.write + j * 16 + block / 2 * 8 + pair
+                                       : writes[j * 2 + block / 2];
                 const Halves<E, SPLIT> halves(E::first(blocks[block]) * w[0],
                                               E::second(blocks[block]) * w[1]);
                 left[0][j][block] = halves.high;
@@ -379,31 +346,30 @@ struct Consumer {
     }
 
     // What `write` needs beside b: weighted c, and a state that has decayed by a chunk.
-    __device__ void prepare(Left& added, const Slot& slot, int half, float past) {
-        weighted(added, slot, half);
+    __device__ void prepare(Left& added, const Slot& slot, float past) {
+        weighted(added, slot);
 #pragma unroll
-        for (int i = 0; i < B_DIM / 2; ++i) state[half][i] *= past;
+        for (int i = 0; i < B_DIM / 2; ++i) state[i] *= past;
     }
 
     // state += (C weighted)^T B
-    __device__ void write(const Left& added, const Slot& slot, int half) {
-        const Matrix<false> b(at.b[slot.panel()]);
-        keep(state[half]);
+    __device__ void write(const Left& added, const Slot& slot) {
+        const Matrix<false> b(panels(slot)[Shared::B]);
+        keep(state);
         products_begin();
 #pragma unroll
-        for (int j = 0; j < CHUNK / 16; ++j)
-            product<E, B_DIM>(state[half], added[0][j], b.at(j * 16), true);
+        for (int j = 0; j < CHUNK / 16; ++j) product<E, B_DIM>(state, added[0][j], b.at(j * 16), true);
         products_commit();
     }
 
     // Both, with the chunk's share summed up apart. Its common factor comes after the product, so that
     // a single token isn't rounded.
-    __device__ void write_apart(Left& added, const Slot& slot, int half, float past) {
-        const float factor = at.own.walk.decay.all_writes();
-        weighted(added, slot, half);
+    __device__ void write_apart(Left& added, const Slot& slot, float past) {
+        const float factor = shared.own.walk.decay.all_writes();
+        weighted(added, slot);
 #pragma unroll
         for (int p = 0; p < B_DIM / 64; ++p) {
-            const Matrix<false> b(at.b[slot.panel() + p]);
+            const Matrix<false> b(panels(slot)[Shared::B + p]);
             keep(sums);
             products_begin();
 #pragma unroll
@@ -415,95 +381,60 @@ struct Consumer {
             products_wait<0>();
             keep(sums);
 #pragma unroll
-            for (int i = 0; i < 32; ++i)
-                state[half][p * 32 + i] = state[half][p * 32 + i] * past + sums[i] * factor;
-        }
-    }
-
-    // Its part of that.
-    __device__ void update(Left& added, const Slot& slot, int half, float past) {
-        if constexpr (SPLIT) {
-            write_apart(added, slot, half, past);
-        } else {
-            prepare(added, slot, half, past);
-            write(added, slot, half);
-            products_wait<0>();
-            keep(state[half]);
+            for (int i = 0; i < 32; ++i) state[p * 32 + i] = state[p * 32 + i] * past + sums[i] * factor;
         }
     }
 
     // The last chunk in the scan's order, of fewer tokens.
     __device__ void finish(Left& added, const Slot& slot, int num_rows) {
+        const Decay& decay = shared.own.walk.decay;
         wait_full(slot);
-        group_sync(group);  // protects the weights of whole chunks: all warps are done with them
-        clear(at.ring + slot.panel(), num_rows);
-        at.own.edge.set(at.own.walk.decay, num_rows, 1.0f, threadIdx.x % 128, 128);
+        sync();  // protects the weights of whole chunks: all warps are done with them
+        clear(panels(slot), num_rows);
+        shared.own.edge.set(decay, num_rows, 1.0f, threadIdx.x, NUM_THREADS);
         fence_shared();
-        block_sync(at.num_threads);  // protects cleared rows and weights, for the other consumer too
-        if constexpr (KEPT) load_edge_weights();
+        sync();  // protects cleared rows and weights
+        if constexpr (!SPLIT) load_edge_weights();
         if (all.scan.with_output) {
             score(slot);
             products_wait<0>();
             keep(scores);
             store_scores();
-#pragma unroll
-            for (int half = 0; half < HALVES; ++half) {
-                read_state(slot, half);
-                products_wait<0>();
-                keep(sums);
-                weigh();
-                read_scores(slot, half);
-                products_wait<0>();
-                keep(sums);
-                store(half, at.own.walk.chunks.token(at.own.walk.chunks.count - 1, CHUNK), num_rows);
-            }
-        }
-        const Decay& decay = at.own.walk.decay;
-        const float past = expf(decay.g * num_rows);
-        if constexpr (HALVES == 1)
-            write_apart(added, slot, 0, past);
-        else
-            write_scaled(added, slot, past, decay.past_of_writes(num_rows), decay.all_writes());
-    }
-
-    // The same without registers for sums apart: state = factor (past / factor state + (C weighted)^T B).
-    __device__ void write_scaled(Left& added, const Slot& slot, float past, float past_of_writes, float factor) {
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half) {
-            prepare(added, slot, half, factor == 0.0f ? past : past_of_writes);
-            if (factor == 0.0f) continue;
-            write(added, slot, half);
+            read_state(slot);
             products_wait<0>();
-            keep(state[half]);
-#pragma unroll
-            for (int i = 0; i < B_DIM / 2; ++i) state[half][i] *= factor;
+            keep(sums);
+            weigh();
+            read_scores(slot, 0);
+            products_wait<0>();
+            keep(sums);
+            store(shared.own.walk.chunks.token(shared.own.walk.chunks.count - 1, CHUNK), num_rows);
         }
+        write_apart(added, slot, expf(decay.g * num_rows));
     }
 
-    // Rows from num_rows on are another document's, or those of chunks that came before. All consumers
-    // clear them together.
+    // Rows from num_rows on are another document's, or those of chunks that came before.
     __device__ void clear(Panel* stage, int num_rows) {
         const int granules = (CHUNK - num_rows) * 8;
-        for (int i = threadIdx.x; i < STAGE_PANELS * granules; i += at.num_threads)
+        for (int i = threadIdx.x; i < Shared::STAGE_PANELS * granules; i += NUM_THREADS)
             *(uint4*)(stage[i / granules] + num_rows * 128 + i % granules * 16) = uint4{0, 0, 0, 0};
     }
 
     // Outputs to shared memory, and from there to where they belong.
-    __device__ void store(int half, int token, int num_rows) {
+    __device__ void store(int token, int num_rows) {
         if (threadIdx.x % 128 == 0) store_wait();
-        group_sync(group);  // protects `out`: the box stored before has left it
+        sync();  // protects `out`: the box stored before has left it
         put_outputs(0);
         fence_shared();
-        group_sync(group);  // protects `out`: all of it is written
-        const int first = column + half * 64;
+        sync();  // protects `out`: all of it is written
+        Panel& written = *shared.out[group];
         if (num_rows == CHUNK) {
             if (threadIdx.x % 128 == 0)
-                store_box(all.maps[index][3], *at.out, first, token, course.head, course.batch);
+                store_box(all.maps[index][3], written, column, token, course.head, course.batch);
             return;
         }
-        const Tile<64> rows = {*at.out};
+        const Tile<64> rows = {written};
         const Operand<unsigned short>& out = all.scan.scans[index].out;
-        unsigned short* to = out.row(course.batch, course.head, token) + first;
+        unsigned short* to = out.row(course.batch, course.head, token) + column;
         for (int i = threadIdx.x % 128; i < num_rows * 8; i += 128)
             *(uint4*)(to + i / 8 * out.token_stride + i % 8 * 8) =
                 *(const uint4*)rows.granule(i / 8, i % 8);
@@ -511,7 +442,7 @@ struct Consumer {
 
     // Outputs [c, token] as rows of tokens.
     __device__ void put_outputs(int buffer) {
-        const Tile<64> rows = {at.out[buffer]};
+        const Tile<64> rows = {shared.out[group][buffer]};
 #pragma unroll
         for (int t = 0; t < 64; t += 16) {
             const float* x = sums + t / 2;
@@ -524,13 +455,11 @@ struct Consumer {
     }
 
     __device__ void enter() {
-        const int64 size = (int64)B_DIM * c_dim();
-        const float* from = entering_state(all.scan.entering[at.own.walk.back], at.own.walk.unit, size);
+        const int64 size = (int64)B_DIM * all.scan.c_dim;
+        const float* from = entering_state(all.scan.entering[shared.own.walk.back], shared.own.walk.unit, size);
         if (!uniform(from != nullptr)) {
 #pragma unroll
-            for (int half = 0; half < HALVES; ++half)
-#pragma unroll
-                for (int n = 0; n < B_DIM / 2; ++n) state[half][n] = 0.0f;
+            for (int n = 0; n < B_DIM / 2; ++n) state[n] = 0.0f;
         } else if (has_keys()) {
             for_each<true>(from, [](float& mine, const float& there) { mine = there; });
         } else {
@@ -540,9 +469,9 @@ struct Consumer {
 
     __device__ void leave() {
         const ScanParams& params = all.scan;
-        const int kept = uniform(at.own.walk.unit.final_row);
+        const int kept = uniform(shared.own.walk.unit.final_row);
         if (!params.final_states || kept < 0 || index < params.first_kept) return;
-        float* to = params.final_states + kept * ((int64)B_DIM * c_dim());
+        float* to = params.final_states + kept * ((int64)B_DIM * all.scan.c_dim);
         if (has_keys())
             for_each<true>(to, [](const float& mine, float& there) { there = mine; });
         else
@@ -552,19 +481,15 @@ struct Consumer {
     // Some scans have keys as c, some as b.
     __device__ bool has_keys() const { return index < all.scan.num_key_scans; }
 
-    __device__ int c_dim() const { return C_DIM > 0 ? C_DIM : all.scan.c_dim; }
-
     // Visit this thread's elements of the state, with their places in a state [K, V].
     template <bool KEYS, class Float, class Visit>
     __device__ void for_each(Float* states, Visit visit) {
-        const int c = column + row, b = pair;
-        states += KEYS ? c * B_DIM + b : b * c_dim() + c;
+        const int c = column + row, b = pair, c_dim = all.scan.c_dim;
+        states += KEYS ? c * B_DIM + b : b * c_dim + c;
 #pragma unroll
-        for (int half = 0; half < HALVES; ++half)
-#pragma unroll
-            for (int n = 0; n < B_DIM / 2; ++n) {
-                const int more_c = half * 64 + n % 4 / 2 * 8, more_b = n / 4 * 8 + n % 2;
-                visit(state[half][n], states[KEYS ? more_c * B_DIM + more_b : more_b * c_dim() + more_c]);
-            }
+        for (int n = 0; n < B_DIM / 2; ++n) {
+            const int more_c = n % 4 / 2 * 8, more_b = n / 4 * 8 + n % 2;
+            visit(state[n], states[KEYS ? more_c * B_DIM + more_b : more_b * c_dim + more_c]);
+        }
     }
 };

@@ -4,7 +4,7 @@
 // scan.cu, which is this kernel's plain twin: it runs what this one can't.
 //
 // A producer warp keeps a ring of chunks filled by the copy engine (TMA). One or two warpgroups consume
-// it (hopper_consumer.cuh), each with its own 64 columns of c. Each stage has a barrier `full` (the copies
+// it together (hopper_consumer.cuh), each with its own 64 columns of c. Each stage has a barrier `full` (the copies
 // have landed) and a barrier `empty` (every consumer is done). Two blocks with one consumer each, and all
 // columns of c between them, may be a cluster: each copies half of a and of b to both, so that these leave
 // L2 once.
@@ -12,19 +12,12 @@
 
 template <class E, int B_DIM, int CONSUMERS, int STAGES, bool SPLIT>
 struct HopperScan {
-    static constexpr int PANELS = B_DIM / 64, WIDTH = CONSUMERS * 64;
-    static constexpr int STAGE_PANELS = 2 * PANELS + CONSUMERS;
+    using Shared = HopperShared<B_DIM, CONSUMERS, STAGES, SPLIT>;
+    static constexpr int PANELS = Shared::PANELS, STAGE_PANELS = Shared::STAGE_PANELS, WIDTH = CONSUMERS * 64;
     // One more warp, or a warpgroup where groups share registers unequally, of which one thread works.
     static constexpr int NUM_THREADS = CONSUMERS == 1 ? 128 + 32 : 2 * 128 + 128;
     static constexpr int RESERVED_BYTES = 1024, SM_BYTES = 228 << 10;  // a block, a multiprocessor
     static constexpr int BLOCKS_PER_SM = 2 * (SHARED_BYTES + RESERVED_BYTES) <= SM_BYTES ? 2 : 1;
-
-    struct Shared {
-        Panel ring[STAGES * STAGE_PANELS];  // in a stage those of b, c, a
-        Panel scores[CONSUMERS][2], out[CONSUMERS][2 - SPLIT];  // of scores two halves, or of two turns
-        Own own[CONSUMERS];
-        Barrier full[STAGES], empty[STAGES];
-    };
 
     const HopperScanParams& all;
     const int index;   // of the scan
@@ -48,13 +41,9 @@ struct HopperScan {
         const int group = uniform(threadIdx.x / 128);
         if (group < CONSUMERS) {
             if constexpr (CONSUMERS == 2) registers_up<240>();
-            shared.own[group].set(walk, SPLIT ? 1.0f : walk.decay.all_writes(), group);
-            Panel* ring = shared.ring;
-            const Places places = {ring + PANELS + CONSUMERS, ring, ring + PANELS + group, ring,
-                                   shared.scores[group], shared.out[group], shared.own[group],
-                                   shared.full, shared.empty, CONSUMERS * 128};
-            Consumer<E, B_DIM, 0, 1, STAGES, STAGE_PANELS, SPLIT>(
-                all, course, places, index, column + group * 64, group).run();
+            shared.own.set(walk, SPLIT ? 1.0f : walk.decay.all_writes(), CONSUMERS * 128);
+            Consumer<E, B_DIM, CONSUMERS, STAGES, SPLIT>(
+                all, course, shared, index, column + group * 64, group).run();
         } else {
             if constexpr (CONSUMERS == 2) registers_down<24>();
             if (threadIdx.x % 128 == 0) produce(walk);

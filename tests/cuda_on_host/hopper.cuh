@@ -46,12 +46,9 @@ inline void cluster_sync() { host::meet(host::cluster->gate, host::cluster->fibr
 inline void fence_barriers() {}
 inline void fence_shared() {}
 inline int uniform(int value) { return value; }
-inline int unknown(int value) { return value; }
 template <int> void registers_up() {}
 template <int> void registers_down() {}
-inline void group_sync(int group) { host::meet(host::block().group_gates[group], 128); }
-
-inline void block_sync(int num_threads) { host::meet(host::block().group_gates[2], num_threads); }
+inline void consumers_sync(int num_threads) { host::meet(host::block().consumers_gate, num_threads); }
 
 // ---- Boxes ----
 
@@ -209,12 +206,12 @@ void product(float (&sum)[N / 2], const uint32 (&left)[4], Matrix<RIGHT_ROWS> ri
     });
 }
 
-template <class E, bool LEFT_ROWS, bool RIGHT_ROWS>
-void product(float (&sum)[32], Matrix<LEFT_ROWS> left, Matrix<RIGHT_ROWS> right, bool add) {
+template <class E, bool LEFT_ROWS, bool RIGHT_ROWS, int COUNT>
+void product(float (&sum)[COUNT], Matrix<LEFT_ROWS> left, Matrix<RIGHT_ROWS> right, bool add) {
     struct Lane { float* values; Matrix<LEFT_ROWS> left; Matrix<RIGHT_ROWS> right; bool add; int warp; };
     Lane own = {host::begin(sum), left, right, add, (int)threadIdx.x / 32 % 4};
     host::together(own, [](Lane* const (&lanes)[32]) {
-        host::multiply<E, 64>(lanes, lanes[0]->add, [&](int i, int k) {
+        host::multiply<E, 2 * COUNT>(lanes, lanes[0]->add, [&](int i, int k) {
             return lanes[0]->left.template element<E>(lanes[0]->warp * 16 + i, k);
         });
     });

@@ -71,7 +71,7 @@ struct Warp {
 
 struct Block {
     Gate gate;
-    Gate group_gates[4];  // of warpgroups, and of the first few together
+    Gate consumers_gate;
     alignas(1024) unsigned char shared[MAX_SHARED_BYTES];
 };
 
