@@ -10,14 +10,15 @@ that one plan serves scans in either direction.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from heapq import heapify, heapreplace
 from typing import NamedTuple
 
 from attnlab.segments import STATE_COST, Cut, chain_of, cut_into, cut_to_cost, halo_chunks
 
 UNIT_COST = 2.0  # chunks that the start of a unit costs
+ROW_COST = 4.0  # of a workspace row, which is written, replaced and read
 TWO_PASS_COST = 8.0  # chunks that two more launches cost
 WORTH = 0.9  # of the time of whole sequences, that segments must stay below
 MAX_WAVES = 4
@@ -104,39 +105,58 @@ class _Work:
             for halo in self.heads
         }
 
-    def fits(self, mode: str | None, waves: int, target: int) -> bool:
-        """Whether all is done in `waves` rounds of units that cost `target` chunks."""
-        short = sum(n * count for n, count in self.sequences.items() if n <= target)
-        units = short * self.heads.total() / target
-        for (n, halo), cut in self.cuts(target, mode).items():
-            if cut is None:
-                return False
-            slots = float(len(cut.starts))
-            if not cut.two_pass:  # its last segment may be short: as many as fit share a slot
-                last = n - cut.starts[-1] + STATE_COST * cut.warms[-1] + UNIT_COST
-                slots += 1 / max(1, int((target + UNIT_COST) // last)) - 1
-            units += self.sequences[n] * self.heads[halo] * slots
-        # Rounding of the parts of slots must not make an exact fit one too many.
-        return units * self.machine.programs_per_unit <= waves * self.machine.slots + 1e-6
-
-    def first_pass(self, target: int, mode: str | None) -> float:
-        """Chunks of time that the first of two passes takes, spread over the machine."""
-        chunks = sum(
-            self.sequences[n] * self.heads[halo] * cut.starts[-1]
-            for (n, halo), cut in self.cuts(target, mode).items()
+    def finer(self, cuts: Cuts) -> int:
+        """Rows of the workspace a segment in two passes: the first pass has few heads too, so it cuts finer."""
+        added = sum(
+            self.sequences[n] * self.heads[halo] * (len(cut.starts) - 1)
+            for (n, halo), cut in cuts.items()
             if cut and cut.two_pass
         )
-        time = STATE_COST * chunks * self.machine.programs_per_unit / self.machine.slots
-        return time + TWO_PASS_COST if chunks else 0.0
+        machine = self.machine
+        at_once = machine.slots * machine.num_scans // machine.programs_per_unit
+        return max(1, at_once // max(1, added))
 
-    def makespan(self) -> float:
-        """Chunks of time that whole sequences take, longest first (a bound that is nearly reached)."""
-        slots, programs, load, time = self.machine.slots, 0, 0.0, 0.0
-        for n in sorted(self.sequences, reverse=True):
-            added = self.sequences[n] * self.heads.total() * self.machine.programs_per_unit
-            programs, load = programs + added, load + added * (n + UNIT_COST)
-            time = max(time, -(-programs // slots) * (n + UNIT_COST))
-        return max(time, load / slots)
+    def first_pass(self, cuts: Cuts) -> float:
+        """Chunks of time that the first of two passes and its rows take, spread over the machine."""
+        finer, chunks, rows = self.finer(cuts), 0, 0
+        for (n, halo), cut in cuts.items():
+            if cut and cut.two_pass:
+                heads = self.sequences[n] * self.heads[halo]
+                per_row, firsts = chain_of(n, len(cut.starts), finer)
+                chunks += heads * per_row * firsts[-1]
+                rows += heads * (firsts[-1] + 1)
+        time = (STATE_COST * chunks + ROW_COST * rows) * self.machine.programs_per_unit
+        return time / self.machine.slots + TWO_PASS_COST if chunks else 0.0
+
+    def unit_costs(self, cuts: Cuts) -> list[float]:
+        """Chunks of time of all units (of the second pass), longest first."""
+        finer, costs = self.finer(cuts), []
+        for n, count in self.sequences.items():
+            for halo, heads in self.heads.items():
+                cut = cuts.get((n, halo)) or Cut((0,), (0,), False)
+                if cut.two_pass:
+                    per_row, firsts = chain_of(n, len(cut.starts), finer)
+                    lengths: list[float] = [per_row] * firsts[-1] + [n - per_row * firsts[-1]]
+                else:
+                    lengths = [
+                        stop - start + STATE_COST * warm
+                        for start, stop, warm in zip(
+                            cut.starts, (*cut.starts[1:], n), cut.warms, strict=True
+                        )
+                    ]
+                costs += [length + UNIT_COST for length in lengths] * (count * heads)
+        return sorted(costs, reverse=True)
+
+    def makespan(self, cuts: Cuts) -> float:
+        """Chunks of time that the units take if each begins, longest first, as soon as it has room."""
+        machine, costs = self.machine, self.unit_costs(cuts)
+        rooms = max(1, round(machine.slots / machine.programs_per_unit))
+        busy = costs[:rooms]
+        if len(costs) > rooms:
+            heapify(busy)
+            for cost in costs[rooms:]:
+                heapreplace(busy, busy[0] + cost)
+        return max(busy, default=0.0) * rooms * machine.programs_per_unit / machine.slots
 
     def best_cuts(self, mode: str | None) -> Cuts:
         """Cuts for the shortest time, none if that is of whole sequences.
@@ -147,17 +167,31 @@ class _Work:
         longest = max(self.sequences, default=0)
         if len(self.sequences) > 1 and longest < PLANNED_FROM:
             return Cuts()
-        load = self.heads.total() * self.machine.programs_per_unit
-        load *= sum(n * count for n, count in self.sequences.items())
-        best, best_time = Cuts(), WORTH * self.makespan()
+        load = sum(n * count for n, count in self.sequences.items()) * self.heads.total()
+        load = load * self.machine.programs_per_unit / self.machine.slots
+        if load >= WORTH * (
+            load + longest
+        ):  # no plan takes less than the load, whole sequences no more
+            return Cuts()
+        best, best_time = Cuts(), WORTH * self.makespan(Cuts())
         for waves, tried in itertools.product(range(1, MAX_WAVES + 1), (mode or "halo", mode)):
-            shortest = max(1, load // (waves * self.machine.slots))
-            if shortest >= longest or waves * (shortest + UNIT_COST) >= best_time:
+            low, high = max(1, int(load / waves)), longest
+            if waves * (low + UNIT_COST) >= best_time:
                 continue
-            target = _smallest(shortest, longest, partial(self.fits, tried, waves))
-            time = waves * (target + UNIT_COST) + self.first_pass(target, tried)
-            if target < longest and time < best_time:
-                best, best_time = self.cuts(target, tried), time
+            while low < high:  # the smallest target that all is done in, in so many rounds
+                target = (low + high) // 2
+                cuts = self.cuts(target, tried)
+                if None in cuts.values():
+                    low = target + 1
+                    continue
+                makespan = self.makespan(cuts)
+                time = makespan + self.first_pass(cuts)
+                if time < best_time:
+                    best, best_time = cuts, time
+                if makespan <= waves * (target + UNIT_COST):
+                    high = target
+                else:
+                    low = target + 1
         return best
 
 
@@ -196,28 +230,13 @@ def plan(
     if all(cut is None or len(cut.starts) == 1 for cut in cuts.values()):
         units = [Unit(n, 0, 0, 0, tokens) for n, tokens in enumerate(lengths)]
         return Plan(sorted(units, key=lambda u: -u.tokens), len(log_decays), [], [])
-    return _segmented(lengths, halos, work, cuts)
+    return _segmented(lengths, halos, work, cuts, num_segments is not None)
 
 
-def _smallest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """Smallest value in [low, high] that fits, if larger values fit wherever a smaller one does."""
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return low
-
-
-def _segmented(lengths: Sequence[int], halos: list[float], work: _Work, cuts: Cuts) -> Plan:
-    chunk = work.machine.chunk
-    added = sum(
-        work.sequences[n] * work.heads[halo] * (len(cut.starts) - 1)
-        for (n, halo), cut in cuts.items()
-        if cut and cut.two_pass
-    )
-    # The first pass has few heads too, so it cuts finer: `finer` rows of the workspace a segment.
-    machine = work.machine
-    at_once = machine.slots * machine.num_scans // machine.programs_per_unit
-    finer = max(1, at_once // max(1, added))
+def _segmented(
+    lengths: Sequence[int], halos: list[float], work: _Work, cuts: Cuts, forced: bool
+) -> Plan:
+    chunk, finer = work.machine.chunk, work.finer(cuts)
     result = Plan([], 1, [], [])
     for sequence, tokens in enumerate(lengths):
         num_chunks = -(-tokens // chunk)
@@ -229,6 +248,8 @@ def _segmented(lengths: Sequence[int], halos: list[float], work: _Work, cuts: Cu
             per_row, rows = chain_of(num_chunks, len(cut.starts), finer)
             chain = Chain(sequence, head, result.num_workspace_rows, rows[-1] + 1, per_row)
             result.chains.append(chain)
+            if not forced:  # a unit a row: short ones fill what others leave
+                rows = list(range(chain.num_rows))
             result.units.extend(_second_pass_units(chain, tokens, rows, chunk))
             result.state_units.extend(_first_pass_units(chain, chunk))
     result.units.sort(key=lambda u: -(u.tokens + STATE_COST * chunk * u.warm))

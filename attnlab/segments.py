@@ -58,7 +58,8 @@ def cut_into(num_chunks: int, halo: float, num_segments: int, mode: str | None) 
 def chain_of(num_chunks: int, num_segments: int, finer: int) -> tuple[int, list[int]]:
     """Rows of a chain of states: chunks that each spans, and the first row of each segment.
 
-    The first pass cuts into rows, `finer` of them a segment where there are chunks enough.
+    The first pass cuts into rows, `finer` of them a segment where there are chunks enough. The last
+    segment has one: what lies in front of it is all that a first pass has to read.
     """
     per_row = -(-num_chunks // (num_segments * finer))
     if -(-num_chunks // per_row) < num_segments:

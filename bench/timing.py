@@ -6,6 +6,9 @@ graph where a call is shorter than 50 us, and the L2 cache is flushed before eac
 call's data could stay in it. Calls longer than a second are timed three times, or once where the
 budget allows no more. The GPU is kept busy while a call is launched, so that what is timed is the
 call and not the launching. Clocks are read, never set.
+
+Samples have pauses between them, so that most are taken at a GPU's highest clocks. Calls one behind
+another soon meet its power limit: `sustained_ms` is for those.
 """
 
 import time
@@ -23,6 +26,7 @@ MAX_SAMPLES = 200
 CALLS_PER_GRAPH = 16
 HELD_UP, MAX_HELD_UP = 1.5, 4  # times the expected duration; calls that may take that long
 STEADY = 0.8  # of the call before: a call that takes longer than this isn't getting faster
+BLOCK_S = 0.05  # of calls without a pause, between two that are as long as `BUSY_CYCLES`
 BUSY_CYCLES = 1_500_000  # of the GPU, about a millisecond: longer than it takes to launch a call
 # Dense 16-bit products without sparsity, TFLOP/s, of NVIDIA's data sheets.
 NOMINAL_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}
@@ -142,6 +146,20 @@ def _event_sample(call: Callable[[], object], flush: Callable[[], None] | None) 
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3
+
+
+def sustained_ms(call: Callable[[], object], seconds: float) -> float:
+    """Milliseconds of a call on CUDA in the second half of so many seconds of calls without a pause."""
+    calls = max(1, round(BLOCK_S / _event_sample(call, None)))
+
+    def block() -> None:
+        for _ in range(calls):
+            call()
+
+    spans, stop = [], time.perf_counter() + seconds
+    while not spans or time.perf_counter() < stop:
+        spans.append(_event_sample(block, None) / calls)
+    return float(np.median(spans[len(spans) // 2 :])) * 1e3
 
 
 def once(call: Callable[[], object], device: str) -> float:

@@ -87,7 +87,7 @@ HOPPER_SCAN = {
     (128, "cluster"): Tile(num_stages=4, programs_per_sm=1, consumers=1, cluster_size=2),
     (128, "high"): Tile(num_stages=3, programs_per_sm=1, consumers=2),
 }
-SHORT = 8 << 20  # tokens of all heads up to which a forward is narrow
+SHORT = 16 << 20  # tokens of all heads up to which a forward is narrow
 
 
 def hopper_tile(large: int, small: int, kind: str, num_tokens: int) -> Tile | None:

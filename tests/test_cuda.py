@@ -115,7 +115,7 @@ def test_a_single_token_is_not_rounded_on_its_way_into_the_state(kernels, dims, 
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "few"), [(1, True), (8 << 20, True), ((8 << 20) + 1, False), (0, False)]
+    ("num_tokens", "few"), [(1, True), (16 << 20, True), ((16 << 20) + 1, False), (0, False)]
 )
 def test_few_tokens_have_tiles_of_their_own(num_tokens, few):
     tile = tiles.hopper_tile(128, 128, "forward", num_tokens)
@@ -475,7 +475,10 @@ HOPPER_DEFECTS = {
         "const float past = expf(shared.own.walk.decay.g * (CHUNK - 1));",
     ),
     "other_tokens_rows_not_cleared": ("i < Shared::STAGE_PANELS * granules", "i < 0"),
-    "a_short_chunk_weighted_as_a_whole_one": ("if constexpr (!SPLIT) load_edge_weights();\n        if (all.scan", "if (all.scan"),
+    "a_short_chunk_weighted_as_a_whole_one": (
+        "if constexpr (!SPLIT) load_edge_weights();\n        if (all.scan",
+        "if (all.scan",
+    ),
     "no_barrier_before_scores_are_read": ("sync();  // protects the scores", "// "),
     "outputs_not_waited_for": (
         "score(next);\n            products_wait<1>();",

@@ -71,6 +71,16 @@ def test_the_readmes_table_has_columns_of_backends_that_were_measured(tmp_path):
     assert "| 93% | 0.26 ms | 96% | failed accuracy |" in line
 
 
+def test_sustained_times_have_a_table_of_their_own(tmp_path):
+    long = timed(0.27) | {"ms_sustained": 0.5, "floor_ms": 0.25}
+    measured = {("lightning", "triton"): long, ("lightning", "cuda"): timed(0.26)}
+    header, _, line = h200.readme_table(
+        written(tmp_path / "rows.jsonl", measured), "ms_sustained"
+    ).splitlines()
+    assert header == "| B, H, T, D | pass | triton | of the floor |"
+    assert line == "| 8, 16, 8K, 128 | fwd | 0.5 ms | 50% |"
+
+
 def test_the_verdict_is_given_for_each_of_our_kernels(tmp_path, capsys):
     measured = {("lightning", "triton"): timed(0.27), ("lightning", "cuda-portable"): timed(0.5)}
     h200.print_table(written(tmp_path / "rows.jsonl", measured), [FORWARD])

@@ -94,6 +94,23 @@ def test_one_launch_that_is_held_up_does_not_keep_a_short_call_from_its_graph(
     assert len(took) - len(list(left)) == tried
 
 
+def test_sustained_time_is_that_of_the_second_half(monkeypatch):
+    passed = [0.0]  # seconds, in which calls get slower from 10 to 20 ms
+
+    def call():
+        passed[0] += 0.01 if passed[0] < 0.4 else 0.02
+
+    def event_sample(run, flush):
+        before = passed[0]
+        run()
+        return passed[0] - before
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: passed[0])
+    monkeypatch.setattr(timing, "_event_sample", event_sample)
+    assert timing.sustained_ms(call, 1.0) == pytest.approx(20.0)
+    assert 1.0 <= passed[0] < 1.2
+
+
 def test_the_cache_is_flushed_unless_the_data_is_far_larger(monkeypatch):
     properties = type("Properties", (), {"L2_cache_size": 1000})
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda: properties)
