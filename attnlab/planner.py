@@ -136,7 +136,8 @@ class _Work:
                 cut = cuts.get((n, halo)) or Cut((0,), (0,), False)
                 if cut.two_pass:
                     per_row, firsts = chain_of(n, len(cut.starts), finer)
-                    lengths: list[float] = [per_row] * firsts[-1] + [n - per_row * firsts[-1]]
+                    before_last = per_row * firsts[-1]
+                    lengths = [float(per_row)] * firsts[-1] + [float(n - before_last)]
                 else:
                     lengths = [
                         stop - start + STATE_COST * warm
@@ -167,11 +168,10 @@ class _Work:
         longest = max(self.sequences, default=0)
         if len(self.sequences) > 1 and longest < PLANNED_FROM:
             return Cuts()
-        load = sum(n * count for n, count in self.sequences.items()) * self.heads.total()
-        load = load * self.machine.programs_per_unit / self.machine.slots
-        if load >= WORTH * (
-            load + longest
-        ):  # no plan takes less than the load, whole sequences no more
+        chunks = sum(n * count for n, count in self.sequences.items()) * self.heads.total()
+        load = chunks * self.machine.programs_per_unit / self.machine.slots
+        whole = load + longest  # at most
+        if load >= WORTH * whole:
             return Cuts()
         best, best_time = Cuts(), WORTH * self.makespan(Cuts())
         for waves, tried in itertools.product(range(1, MAX_WAVES + 1), (mode or "halo", mode)):
