@@ -225,15 +225,15 @@ def _verdict(line: Line, row: Row | None, cudnn_ms: float) -> str:
 def readme_table(path: Path, time_of: str = "ms_median") -> str:
     """Times and, of our backends, shares of the floor of the layer-0 lines, as Markdown.
 
-    `time_of` is "ms_median" or "ms_sustained"; rows without it are left out, and so is the column of a
-    backend without rows.
+    `time_of` is "ms_median" or, for our backends alone, "ms_sustained"; rows without it are left out, and so
+    is the column of a backend without rows.
     """
     measured = {(_name_of_row(r), r["backend"]): r for r in _rows(path)}
     if time_of != "ms_median":
         measured = {
             key: row | {"ms_median": row[time_of], "share_of_limit": row["floor_ms"] / row[time_of]}
             for key, row in measured.items()
-            if time_of in row
+            if time_of in row and row["backend"] in OURS
         }
     backends = [b for b in itertools.chain(*PEERS.values()) if any(b == of for _, of in measured)]
     header = ["B, H, T, D", "pass"]
