@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
+from heapq import heapreplace
 from typing import NamedTuple
 
 from attnlab.segments import STATE_COST, Cut, chain_of, cut_into, cut_to_cost, halo_chunks
@@ -22,6 +22,7 @@ ROW_COST = 4.0  # of a workspace row, which is written, replaced and read
 TWO_PASS_COST = 8.0  # chunks that two more launches cost
 WORTH = 0.9  # of the time of whole sequences, that segments must stay below
 MAX_WAVES = 4
+FOLLOWED = 1024  # units of a plan, one by one, to find how long it takes
 PLANNED_FROM = 256  # chunks of the longest of unequal documents: see `_Work.best_cuts`
 MODES = ("single", "halo", "two-pass")
 
@@ -106,7 +107,7 @@ class _Work:
         }
 
     def finer(self, cuts: Cuts) -> int:
-        """Rows of the workspace a segment in two passes: the first pass has few heads too, so it cuts finer."""
+        """Rows of a chain for each of its segments: a first pass has few heads too, so it cuts finer."""
         added = sum(
             self.sequences[n] * self.heads[halo] * (len(cut.starts) - 1)
             for (n, halo), cut in cuts.items()
@@ -128,36 +129,40 @@ class _Work:
         time = (STATE_COST * chunks + ROW_COST * rows) * self.machine.programs_per_unit
         return time / self.machine.slots + TWO_PASS_COST if chunks else 0.0
 
-    def unit_costs(self, cuts: Cuts) -> list[float]:
-        """Chunks of time of all units (of the second pass), longest first."""
-        finer, costs = self.finer(cuts), []
-        for n, count in self.sequences.items():
-            for halo, heads in self.heads.items():
-                cut = cuts.get((n, halo)) or Cut((0,), (0,), False)
-                if cut.two_pass:
-                    per_row, firsts = chain_of(n, len(cut.starts), finer)
-                    before_last = per_row * firsts[-1]
-                    lengths = [float(per_row)] * firsts[-1] + [float(n - before_last)]
-                else:
-                    lengths = [
-                        stop - start + STATE_COST * warm
-                        for start, stop, warm in zip(
-                            cut.starts, (*cut.starts[1:], n), cut.warms, strict=True
-                        )
-                    ]
-                costs += [length + UNIT_COST for length in lengths] * (count * heads)
-        return sorted(costs, reverse=True)
+    def unit_costs(self, cuts: Cuts) -> Counter[float]:
+        """How many units (of the second pass) take how many chunks of time."""
+        finer, costs = self.finer(cuts), Counter[float]()
+        for n in self.sequences.keys() - {n for n, _ in cuts}:
+            costs[n + UNIT_COST] += self.sequences[n] * self.heads.total()
+        for (n, halo), cut in cuts.items():
+            if cut is None:
+                continue
+            if cut.two_pass:
+                per_row, firsts = chain_of(n, len(cut.starts), finer)
+                lengths = [float(per_row)] * firsts[-1] + [float(n - per_row * firsts[-1])]
+            else:
+                stops = (*cut.starts[1:], n)
+                spans = zip(cut.starts, stops, cut.warms, strict=True)
+                lengths = [stop - start + STATE_COST * warm for start, stop, warm in spans]
+            for length in lengths:
+                costs[length + UNIT_COST] += self.sequences[n] * self.heads[halo]
+        return costs
 
     def makespan(self, cuts: Cuts) -> float:
-        """Chunks of time that the units take if each begins, longest first, as soon as it has room."""
-        machine, costs = self.machine, self.unit_costs(cuts)
+        """Chunks of time that the units take if each begins, longest first, as soon as it has room.
+
+        Only the longest ones are followed one by one; the others fill what those leave.
+        """
+        machine, left, filling = self.machine, FOLLOWED, 0.0
         rooms = max(1, round(machine.slots / machine.programs_per_unit))
-        busy = costs[:rooms]
-        if len(costs) > rooms:
-            heapify(busy)
-            for cost in costs[rooms:]:
+        busy = [0.0] * rooms
+        for cost, count in sorted(self.unit_costs(cuts).items(), reverse=True):
+            for _ in range(min(count, left)):
                 heapreplace(busy, busy[0] + cost)
-        return max(busy, default=0.0) * rooms * machine.programs_per_unit / machine.slots
+            filling += max(0, count - left) * cost
+            left = max(0, left - count)
+        time = max(*busy, (sum(busy) + filling) / rooms)
+        return time * rooms * machine.programs_per_unit / machine.slots
 
     def best_cuts(self, mode: str | None) -> Cuts:
         """Cuts for the shortest time, none if that is of whole sequences.
@@ -170,15 +175,13 @@ class _Work:
             return Cuts()
         chunks = sum(n * count for n, count in self.sequences.items()) * self.heads.total()
         load = chunks * self.machine.programs_per_unit / self.machine.slots
-        whole = load + longest  # at most
-        if load >= WORTH * whole:
-            return Cuts()
         best, best_time = Cuts(), WORTH * self.makespan(Cuts())
-        for waves, tried in itertools.product(range(1, MAX_WAVES + 1), (mode or "halo", mode)):
+        modes = dict.fromkeys((mode or "halo", mode))
+        for waves, tried in itertools.product(range(1, MAX_WAVES + 1), modes):
             low, high = max(1, int(load / waves)), longest
             if waves * (low + UNIT_COST) >= best_time:
                 continue
-            while low < high:  # the smallest target that all is done in, in so many rounds
+            while low < high:  # towards the smallest target with which so many rounds do
                 target = (low + high) // 2
                 cuts = self.cuts(target, tried)
                 if None in cuts.values():

@@ -184,7 +184,7 @@ def measure(variant, shape, tensors, g, rate, expected):
         timed = timing.measure(call, device="cuda", working_set_bytes=size, budget_s=0.3)
         both = [timed.statistics()["ms_median"]]
         if both[0] > SUSTAINED_MS[0]:
-            both.append(timing.sustained_ms(call, 0.7))
+            both.append(timing.sustained_ms(call, timing.SUSTAINED_S))
     floor = size / rate / 1e6
     times = "  sustained ".join(f"{ms:9.4f} ms {floor / ms:6.1%}" for ms in both)
     return f"{times}  from the first {apart:.1e}"

@@ -32,7 +32,6 @@ from bench.peers import CUDA_KERNELS, OURS, PEERS  # noqa: E402
 from bench.rows import Point, Row  # noqa: E402
 from bench.worker import Task, Worker, describe_machine  # noqa: E402
 
-SUSTAINED_S = 2.5  # of calls without a pause: an H200's clocks keep changing for about a second
 SOFTMAX_UP_TO = 64 << 10  # tokens: beyond, a call takes seconds to minutes
 STAGES = ("checks", "rows", "table")
 
@@ -150,7 +149,11 @@ def measure(folder: Path, lines: list[Line], arguments: argparse.Namespace) -> N
             print("budget used up; run the same command again to go on")
             break
         task = Task(
-            point, Source("random"), ceilings, arguments.point_budget, sustained_s=SUSTAINED_S
+            point,
+            Source("random"),
+            ceilings,
+            arguments.point_budget,
+            sustained_s=timing.SUSTAINED_S,
         )
         row = origin.row(point, fingerprint, worker.measure(task))
         rows.append_row(path, row)
@@ -225,8 +228,8 @@ def _verdict(line: Line, row: Row | None, cudnn_ms: float) -> str:
 def readme_table(path: Path, time_of: str = "ms_median") -> str:
     """Times and, of our backends, shares of the floor of the layer-0 lines, as Markdown.
 
-    `time_of` is "ms_median" or, for our backends alone, "ms_sustained"; rows without it are left out, and so
-    is the column of a backend without rows.
+    `time_of` is "ms_median" or, for our backends alone, "ms_sustained"; rows without it are left
+    out, and so is the column of a backend without rows.
     """
     measured = {(_name_of_row(r), r["backend"]): r for r in _rows(path)}
     if time_of != "ms_median":

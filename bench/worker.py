@@ -117,7 +117,8 @@ def _measured(task: Task, device: str, start: float) -> Row:
     row = {"status": "ok", "reason": None, "first_call_ms": first_call_ms} | timed.statistics()
     row |= accuracy | {"peak_bytes": peak_bytes}
     row["clocks"] = timing.read_clocks() if device == "cuda" else None
-    if task.sustained_s > 0 and SUSTAINED_MS[0] < row["ms_median"] < SUSTAINED_MS[1]:
+    fits = device == "cuda" and SUSTAINED_MS[0] < row["ms_median"] < SUSTAINED_MS[1]
+    if task.sustained_s > 0 and fits:
         row["ms_sustained"] = timing.sustained_ms(call.run, task.sustained_s)
         row["clocks_sustained"] = timing.read_clocks()
     return row | call.notes | shares_of(point, problem, row["ms_median"], task.ceilings)

@@ -75,10 +75,10 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
 
 OWN_BYTES = 4 * 4 * CHUNK + 72  # `Own` of src/hopper_consumer.cuh
 
-# Of the kernel for Hopper, by the larger head dim. At 128 a "wide" scan's two consumers share their copies and
-# scores; of a "narrow" one two blocks share copies in L2, and half as many segments are needed. "cluster" is
-# another way to share copies, which nothing asks for unless it is put in another's place. All by the times in
-# NOTES.md.
+# Of the kernel for Hopper, by the larger head dim. At 128 a "wide" scan's two consumers share their
+# copies and scores; of a "narrow" one two blocks share copies in L2, and half as many segments are
+# needed. "cluster" is another way to share copies, which nothing asks for unless it is put in
+# another's place. All by the times in NOTES.md.
 HOPPER_SCAN = {
     (64, "narrow"): Tile(num_stages=4, programs_per_sm=1, consumers=1),
     (64, "high"): Tile(num_stages=3, programs_per_sm=2, consumers=1),

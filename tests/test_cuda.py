@@ -494,32 +494,40 @@ TWO_CONSUMERS_DEFECTS = {
     "scores_of_the_same_tokens_twice": ("[Shared::A] + first_to * 128", "[Shared::A]"),
     "a_barrier_of_one_consumer_alone": ("sync();  // protects both", "consumers_sync(128);  // "),
     "masks_of_the_other_tokens": ("mask.at(first_to +", "mask.at("),
+    "no_barrier_after_rows_are_cleared": ("sync();  // protects cleared rows", "// "),
 }
-ALL_DEFECTS = [  # kernels, head dim, name, the table it is from
-    *(("portable", 64, name, DEFECTS | PORTABLE_DEFECTS) for name in (*DEFECTS, *PORTABLE_DEFECTS)),
-    *(("hopper", 64, name, DEFECTS | HOPPER_DEFECTS) for name in (*DEFECTS, *HOPPER_DEFECTS)),
-    *(
-        ("hopper", 128, name, HOPPER_DEFECTS | TWO_CONSUMERS_DEFECTS)
-        for name in (*HOPPER_DEFECTS, *TWO_CONSUMERS_DEFECTS)
-    ),
+SPLIT_DEFECTS = {
+    "no_barrier_before_scores_are_read": HOPPER_DEFECTS["no_barrier_before_scores_are_read"],
+    "no_barrier_before_outputs_leave": ("sync();  // protects `out`: all of it", "// "),
+    "scores_in_the_others_place": ("(first_to + to) / GRANULE", "to / GRANULE"),
+}
+PLACES = [  # kernels, head dim, precision, what is planted there
+    ("portable", 64, "default", DEFECTS | PORTABLE_DEFECTS),
+    ("hopper", 64, "default", DEFECTS | HOPPER_DEFECTS),
+    ("hopper", 128, "default", HOPPER_DEFECTS | TWO_CONSUMERS_DEFECTS),
+    ("hopper", 128, "high", SPLIT_DEFECTS),
+]
+ALL_DEFECTS = [
+    pytest.param(kernels, dim, precision, change, id=f"{kernels}-{dim}-{precision}-{name}")
+    for kernels, dim, precision, defects in PLACES
+    for name, change in defects.items()
 ]
 
 
 @on_host
 @pytest.mark.parametrize(
-    ("kernels", "dim", "defect", "known"),
-    ALL_DEFECTS,
-    ids=[f"{kernels}-{dim}-{name}" for kernels, dim, name, _ in ALL_DEFECTS],
-    indirect=["kernels"],
+    ("kernels", "dim", "precision", "change"), ALL_DEFECTS, indirect=["kernels"]
 )
-def test_a_defect_planted_in_the_kernel_is_caught(kernels, dim, defect, known, monkeypatch, device):
+def test_a_defect_planted_in_the_kernel_is_caught(
+    kernels, dim, precision, change, monkeypatch, device
+):
     inputs = inputs_of(device, T=513, dims=(dim, dim))
     inputs = replace(inputs, log_decay=torch.tensor([-0.03, -0.02, -0.01]))
     with schedules.forced_plan("single"):
-        assert_right("cuda", inputs)
-        use_loader(monkeypatch, HostLoader(change=known[defect]))
+        assert_right("cuda", inputs, precision=precision)
+        use_loader(monkeypatch, HostLoader(change=change))
         with pytest.raises((AssertionError, module.KernelError), match=r"its budget|all threads"):
-            assert_right("cuda", inputs)
+            assert_right("cuda", inputs, precision=precision)
 
 
 @on_host

@@ -3,10 +3,13 @@
 import heapq
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
+from attnlab import planner
 from attnlab.decay import minimax_log_decay
 from attnlab.planner import MODES, UNIT_COST, Machine, plan
 from attnlab.segments import HALO_EXPONENT, cut_into, halo_chunks
@@ -211,6 +214,34 @@ def test_parts_of_slots_that_add_up_to_all_of_them_fit():
     planned = plan([1024 * CHUNK], heads, machine)
     # Chunks: 815 where 132.00000000000003 slots are too many.
     assert time_of(planned, machine) < 800
+
+
+def pack_of(count, longest):
+    lengths = torch.randint(1, 2000, (count,), generator=torch.Generator().manual_seed(count))
+    return [longest, *lengths.tolist()]
+
+
+@pytest.mark.parametrize(("count", "longest"), [(3000, 1 << 19), (500, 1 << 18)])
+def test_units_that_are_not_followed_one_by_one_fill_what_the_others_leave(
+    count, longest, monkeypatch
+):
+    heads = minimax_log_decay(16, 40, 80).tolist()
+    sequences = Counter(-(-n // CHUNK) for n in pack_of(count, longest))
+    work = planner._Work(sequences, Counter(halo_chunks(g, CHUNK) for g in heads), H200)
+    cuts = work.cuts(2000, None)
+    assert work.unit_costs(cuts).total() > 2 * planner.FOLLOWED
+    estimated = work.makespan(cuts)
+    monkeypatch.setattr(planner, "FOLLOWED", 1 << 20)
+    # At most half of a unit that isn't followed, which is shorter than an eighth of the time.
+    assert estimated == pytest.approx(work.makespan(cuts), rel=0.02)
+
+
+def test_a_pack_is_planned_in_few_steps(monkeypatch):
+    steps = []
+    monkeypatch.setattr(planner, "heapreplace", lambda *x: steps.append(0) or heapq.heapreplace(*x))
+    lengths, heads = [64] * 20_000 + [1 << 24], minimax_log_decay(64, 78, 80).tolist()
+    plan(lengths, heads, replace(H200, programs_per_unit=2))  # of 1.3M units
+    assert len(steps) <= 150_000  # 1024 for each of 8 x 18 targets at most
 
 
 def test_many_heads_and_many_documents_stay_whole():

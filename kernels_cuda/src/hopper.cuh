@@ -20,8 +20,9 @@ struct Barrier {
                      :: "r"(shared_address(this)) : "memory");
     }
 
-    // Arrive at the same barrier of a block of the cluster, with all that this thread has read. It has
-    // nothing written to show: `.release.cluster` would wait for all its stores to reach the whole GPU.
+    // Arrive at the same barrier of a block of the cluster. By default that orders accesses of this block
+    // alone; what is read of a stage has been used by then, and CUTLASS arrives so too. `.release.cluster`
+    // would wait until all stores of the thread have reached the whole GPU.
     __device__ void arrive_in(int rank) {
         asm volatile("{\n.reg .b32 there;\n"
                      "mapa.shared::cluster.u32 there, %0, %1;\n"

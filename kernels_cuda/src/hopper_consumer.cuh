@@ -70,7 +70,7 @@ struct HopperShared {
     static constexpr int B = 0, C = PANELS, A = PANELS + CONSUMERS;  // their first panels in a stage
 
     Panel ring[STAGES * STAGE_PANELS];
-    Panel scores[2], out[CONSUMERS][2 - SPLIT];  // of scores two halves, or of two turns
+    Panel scores[2], out[CONSUMERS][2 - SPLIT];  // of scores high and low, or of two turns
     Own own;
     Barrier full[STAGES], empty[STAGES];
 };
@@ -147,7 +147,8 @@ struct Consumer {
     }
 
     // Outputs of `left` chunks, the first of them in `slot`. A turn begins with the chunk's weighted scores in
-    // shared memory, what its tokens read of the state and, without halves, what they will add to it:
+    // shared memory, what its tokens read of the state and what they will add to it (SPLIT, which has no
+    // registers for so much at once, does one after the other):
     //     products started                        meanwhile
     //     the chunk joins the state               what its tokens read of the state is weighted
     //     what they read of its scores            waits for the next chunk's copies

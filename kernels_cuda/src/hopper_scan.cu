@@ -4,10 +4,10 @@
 // scan.cu, which is this kernel's plain twin: it runs what this one can't.
 //
 // A producer warp keeps a ring of chunks filled by the copy engine (TMA). One or two warpgroups consume
-// it together (hopper_consumer.cuh), each with its own 64 columns of c. Each stage has a barrier `full` (the copies
-// have landed) and a barrier `empty` (every consumer is done). Two blocks with one consumer each, and all
-// columns of c between them, may be a cluster: each copies half of a and of b to both, so that these leave
-// L2 once.
+// it together (hopper_consumer.cuh), each with its own 64 columns of c. Each stage has a barrier `full`
+// (the copies have landed) and a barrier `empty` (every consumer is done). Two blocks with one consumer
+// each, and all columns of c between them, may be a cluster: each copies half of a and of b to both, so
+// that these leave L2 once.
 #include "hopper_consumer.cuh"
 
 template <class E, int B_DIM, int CONSUMERS, int STAGES, bool SPLIT>

@@ -17,10 +17,6 @@ struct Decay {
         return expf(g * (back ? row : max(num_rows - 1 - row, 0)));
     }
     __device__ float all_writes() const { return back ? expf(g) * scale : 1.0f; }
-    // Decay over a chunk, over the factor of all its writes (which is not 0).
-    __device__ float past_of_writes(int num_rows) const {
-        return back ? expf(g * (num_rows - 1)) / scale : expf(g * num_rows);
-    }
 };
 
 // From a written row to a row that reads it, 0 where that comes before.
