@@ -85,8 +85,11 @@ class Plan:
         return sum(chain.num_rows for chain in self.chains)
 
 
-Cuts = dict[tuple[int, float], Cut | None]
-"""Cuts by a sequence's chunks and a head's halo; None for a head that can't be cut so."""
+Cuts = dict[tuple[int, float], Cut]
+"""Cuts by a sequence's chunks and a head's halo."""
+
+Chains = dict[tuple[int, float], tuple[int, list[int]]]
+"""What `chain_of` gives of the cuts in two passes, by the same."""
 
 
 @dataclass(frozen=True)
@@ -97,58 +100,60 @@ class _Work:
     heads: Counter[float]
     machine: Machine
 
-    def cuts(self, target: int, mode: str | None) -> Cuts:
-        """Cuts of all heads of the sequences longer than `target`, so that no segment costs more."""
-        return {
-            (n, halo): cut_to_cost(n, halo, target, mode)
-            for n in self.sequences
-            if n > target
-            for halo in self.heads
-        }
+    def cuts(self, target: int, mode: str | None) -> Cuts | None:
+        """Cuts of all heads of the sequences longer than `target`, so that no segment costs more.
 
-    def finer(self, cuts: Cuts) -> int:
-        """Rows of a chain for each of its segments: a first pass has few heads too, so it cuts finer."""
-        added = sum(
-            self.sequences[n] * self.heads[halo] * (len(cut.starts) - 1)
-            for (n, halo), cut in cuts.items()
-            if cut and cut.two_pass
-        )
+        None if there is a head that can't be cut so.
+        """
+        found = Cuts()
+        for n, halo in itertools.product((n for n in self.sequences if n > target), self.heads):
+            cut = cut_to_cost(n, halo, target, mode)
+            if cut is None:
+                return None
+            found[n, halo] = cut
+        return found
+
+    def count(self, n: int, halo: float) -> int:
+        """How many heads of sequences are alike."""
+        return self.sequences[n] * self.heads[halo]
+
+    def chains(self, cuts: Cuts) -> Chains:
+        """Rows of the heads in two passes: a first pass has few heads too, so it cuts finer."""
+        segments = {key: len(cut.starts) for key, cut in cuts.items() if cut.two_pass}
+        added = sum(self.count(*key) * (num - 1) for key, num in segments.items())
         machine = self.machine
         at_once = machine.slots * machine.num_scans // machine.programs_per_unit
-        return max(1, at_once // max(1, added))
+        finer = max(1, at_once // max(1, added))
+        return {key: chain_of(key[0], num, finer) for key, num in segments.items()}
 
-    def first_pass(self, cuts: Cuts) -> float:
+    def first_pass(self, chains: Chains) -> float:
         """Chunks of time that the first of two passes and its rows take, spread over the machine."""
-        finer, chunks, rows = self.finer(cuts), 0, 0
-        for (n, halo), cut in cuts.items():
-            if cut and cut.two_pass:
-                heads = self.sequences[n] * self.heads[halo]
-                per_row, firsts = chain_of(n, len(cut.starts), finer)
-                chunks += heads * per_row * firsts[-1]
-                rows += heads * (firsts[-1] + 1)
-        time = (STATE_COST * chunks + ROW_COST * rows) * self.machine.programs_per_unit
-        return time / self.machine.slots + TWO_PASS_COST if chunks else 0.0
+        if not chains:
+            return 0.0
+        time = sum(
+            self.count(*key) * (STATE_COST * per_row * firsts[-1] + ROW_COST * (firsts[-1] + 1))
+            for key, (per_row, firsts) in chains.items()
+        )
+        return time * self.machine.programs_per_unit / self.machine.slots + TWO_PASS_COST
 
-    def unit_costs(self, cuts: Cuts) -> Counter[float]:
+    def unit_costs(self, cuts: Cuts, chains: Chains) -> Counter[float]:
         """How many units (of the second pass) take how many chunks of time."""
-        finer, costs = self.finer(cuts), Counter[float]()
+        costs = Counter[float]()
         for n in self.sequences.keys() - {n for n, _ in cuts}:
             costs[n + UNIT_COST] += self.sequences[n] * self.heads.total()
         for (n, halo), cut in cuts.items():
-            if cut is None:
-                continue
             if cut.two_pass:
-                per_row, firsts = chain_of(n, len(cut.starts), finer)
+                per_row, firsts = chains[n, halo]
                 lengths = [float(per_row)] * firsts[-1] + [float(n - per_row * firsts[-1])]
             else:
                 stops = (*cut.starts[1:], n)
                 spans = zip(cut.starts, stops, cut.warms, strict=True)
                 lengths = [stop - start + STATE_COST * warm for start, stop, warm in spans]
             for length in lengths:
-                costs[length + UNIT_COST] += self.sequences[n] * self.heads[halo]
+                costs[length + UNIT_COST] += self.count(n, halo)
         return costs
 
-    def makespan(self, cuts: Cuts) -> float:
+    def makespan(self, cuts: Cuts, chains: Chains) -> float:
         """Chunks of time that the units take if each begins, longest first, as soon as it has room.
 
         Only the longest ones are followed one by one; the others fill what those leave.
@@ -156,7 +161,7 @@ class _Work:
         machine, left, filling = self.machine, FOLLOWED, 0.0
         rooms = max(1, round(machine.slots / machine.programs_per_unit))
         busy = [0.0] * rooms
-        for cost, count in sorted(self.unit_costs(cuts).items(), reverse=True):
+        for cost, count in sorted(self.unit_costs(cuts, chains).items(), reverse=True):
             for _ in range(min(count, left)):
                 heapreplace(busy, busy[0] + cost)
             filling += max(0, count - left) * cost
@@ -175,7 +180,7 @@ class _Work:
             return Cuts()
         chunks = sum(n * count for n, count in self.sequences.items()) * self.heads.total()
         load = chunks * self.machine.programs_per_unit / self.machine.slots
-        best, best_time = Cuts(), WORTH * self.makespan(Cuts())
+        best, best_time = Cuts(), WORTH * self.makespan(Cuts(), Chains())
         modes = dict.fromkeys((mode or "halo", mode))
         for waves, tried in itertools.product(range(1, MAX_WAVES + 1), modes):
             low, high = max(1, int(load / waves)), longest
@@ -184,11 +189,12 @@ class _Work:
             while low < high:  # towards the smallest target with which so many rounds do
                 target = (low + high) // 2
                 cuts = self.cuts(target, tried)
-                if None in cuts.values():
+                if cuts is None:
                     low = target + 1
                     continue
-                makespan = self.makespan(cuts)
-                time = makespan + self.first_pass(cuts)
+                chains = self.chains(cuts)
+                makespan = self.makespan(cuts, chains)
+                time = makespan + self.first_pass(chains)
                 if time < best_time:
                     best, best_time = cuts, time
                 if makespan <= waves * (target + UNIT_COST):
@@ -230,7 +236,7 @@ def plan(
         cuts = {(n, h): cut_into(n, h, share[n], mode) for n in sequences for h in work.heads}
     elif mode != "single":
         cuts = work.best_cuts(mode)
-    if all(cut is None or len(cut.starts) == 1 for cut in cuts.values()):
+    if all(len(cut.starts) == 1 for cut in cuts.values()):
         units = [Unit(n, 0, 0, 0, tokens) for n, tokens in enumerate(lengths)]
         return Plan(sorted(units, key=lambda u: -u.tokens), len(log_decays), [], [])
     return _segmented(lengths, halos, work, cuts, num_segments is not None)
@@ -239,7 +245,7 @@ def plan(
 def _segmented(
     lengths: Sequence[int], halos: list[float], work: _Work, cuts: Cuts, forced: bool
 ) -> Plan:
-    chunk, finer = work.machine.chunk, work.finer(cuts)
+    chunk, chains = work.machine.chunk, work.chains(cuts)
     result = Plan([], 1, [], [])
     for sequence, tokens in enumerate(lengths):
         num_chunks = -(-tokens // chunk)
@@ -248,7 +254,7 @@ def _segmented(
             if not cut.two_pass:
                 result.units.extend(_halo_units(sequence, head, tokens, cut, chunk))
                 continue
-            per_row, rows = chain_of(num_chunks, len(cut.starts), finer)
+            per_row, rows = chains[num_chunks, halo]
             chain = Chain(sequence, head, result.num_workspace_rows, rows[-1] + 1, per_row)
             result.chains.append(chain)
             if not forced:  # a unit a row: short ones fill what others leave
