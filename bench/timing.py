@@ -26,6 +26,7 @@ MAX_SAMPLES = 200
 CALLS_PER_GRAPH = 16
 HELD_UP, MAX_HELD_UP = 1.5, 4  # times the expected duration; calls that may take that long
 STEADY = 0.8  # of the call before: a call that takes longer than this isn't getting faster
+SUSTAINED_MS = 0.2, 200.0  # shorter calls wait for the host, of longer ones there are too few
 SUSTAINED_S = 2.5  # of calls without a pause: an H200's clocks keep changing for about a second
 BLOCK_S = 0.05  # of calls without a pause, between two that are as long as `BUSY_CYCLES`
 BUSY_CYCLES = 1_500_000  # of the GPU, about a millisecond: longer than it takes to launch a call
@@ -147,6 +148,11 @@ def _event_sample(call: Callable[[], object], flush: Callable[[], None] | None) 
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3
+
+
+def can_be_sustained(ms: float) -> bool:
+    """Whether `sustained_ms` says something of calls that take so long."""
+    return SUSTAINED_MS[0] < ms < SUSTAINED_MS[1]
 
 
 def sustained_ms(call: Callable[[], object], seconds: float) -> float:

@@ -25,7 +25,6 @@ from bench.rows import Point, Row
 from bench.suites import suite_of
 
 WARM_UP_LEN = 256
-SUSTAINED_MS = 0.2, 200.0  # shorter calls wait for the host, of longer ones there are too few
 KEPT_BYTES = 1 << 30  # that a worker may hold beside twice what its last point took
 ENVIRONMENT = {
     # Keep freed memory for the next call, as torch does on CUDA: fresh pages cost a fault each, and
@@ -117,8 +116,7 @@ def _measured(task: Task, device: str, start: float) -> Row:
     row = {"status": "ok", "reason": None, "first_call_ms": first_call_ms} | timed.statistics()
     row |= accuracy | {"peak_bytes": peak_bytes}
     row["clocks"] = timing.read_clocks() if device == "cuda" else None
-    fits = device == "cuda" and SUSTAINED_MS[0] < row["ms_median"] < SUSTAINED_MS[1]
-    if task.sustained_s > 0 and fits:
+    if device == "cuda" and task.sustained_s and timing.can_be_sustained(row["ms_median"]):
         row["ms_sustained"] = timing.sustained_ms(call.run, task.sustained_s)
         row["clocks_sustained"] = timing.read_clocks()
     return row | call.notes | shares_of(point, problem, row["ms_median"], task.ceilings)
