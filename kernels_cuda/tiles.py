@@ -73,7 +73,7 @@ def scan_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instance
     )
 
 
-OWN_BYTES = 4 * 4 * CHUNK + 72  # `Own` of src/hopper_consumer.cuh
+COMMON_BYTES = 4 * 4 * CHUNK + 72  # `Common` of src/hopper_consumer.cuh
 
 # Of the kernel for Hopper, by the larger head dim. At 128 a "wide" scan's two consumers share their
 # copies and scores; of a "narrow" one two blocks share copies in L2, and half as many segments are
@@ -112,5 +112,5 @@ def hopper_instance(element: str, b_dim: int, tile: Tile, split: bool) -> Instan
         arguments=", ".join([element, *sizes, str(split).lower()]),
         num_threads=160 if tile.consumers == 1 else 384,
         cluster_size=tile.cluster_size,
-        shared_bytes=tile.num_stages * stage + scores_and_out + OWN_BYTES + barriers,
+        shared_bytes=tile.num_stages * stage + scores_and_out + COMMON_BYTES + barriers,
     )

@@ -471,8 +471,8 @@ PORTABLE_DEFECTS = {
 }
 HOPPER_DEFECTS = {
     "one_decay_step_missing_across_chunks": (
-        "const float past = expf(shared.own.walk.decay.g * CHUNK);",
-        "const float past = expf(shared.own.walk.decay.g * (CHUNK - 1));",
+        "const float past = expf(shared.common.walk.decay.g * CHUNK);",
+        "const float past = expf(shared.common.walk.decay.g * (CHUNK - 1));",
     ),
     "other_tokens_rows_not_cleared": ("i < Shared::STAGE_PANELS * granules", "i < 0"),
     "a_short_chunk_weighted_as_a_whole_one": (

@@ -50,8 +50,8 @@ struct Course {
           first(uniform(chunks.first)), head(uniform(unit.head)), batch(uniform(unit.batch)) {}
 };
 
-// What consumers look up in shared memory.
-struct Own {
+// What all consumers of a block look up.
+struct Common {
     Mask mask;
     EdgeWeights edge;  // with the factor of all writes in it
     Walk walk;
@@ -71,7 +71,7 @@ struct HopperShared {
 
     Panel ring[STAGES * STAGE_PANELS];
     Panel scores[2], out[CONSUMERS][2 - SPLIT];  // of scores high and low, or of two turns
-    Own own;
+    Common common;
     Barrier full[STAGES], empty[STAGES];
 };
 
@@ -116,7 +116,7 @@ struct Consumer {
     __device__ void run() {
         const int num_silent = course.num_warm + (all.scan.with_output ? 0 : course.num_whole);
         const int num_heard = all.scan.with_output ? course.num_whole : 0;
-        const float past = expf(shared.own.walk.decay.g * CHUNK);
+        const float past = expf(shared.common.walk.decay.g * CHUNK);
         const int token = course.first + num_silent * step();
         Left added;  // columns of c, weighted, that join the state
         Slot slot;
@@ -127,7 +127,7 @@ struct Consumer {
         }
         for (int n = 0; n < num_silent; ++n, slot = slot.next()) pass(added, slot, past);
         if (num_heard > 0) every(added, slot, num_heard, token, past);
-        if (uniform(shared.own.walk.chunks.rest) > 0) finish(added, slot, shared.own.walk.chunks.rest);
+        if (uniform(shared.common.walk.chunks.rest) > 0) finish(added, slot, shared.common.walk.chunks.rest);
         leave();
         if (threadIdx.x % 128 == 0) store_wait();  // shared memory must outlive the last store
     }
@@ -270,7 +270,8 @@ struct Consumer {
 #pragma unroll
         for (int k = 0; k < TO / 8 + 1; ++k)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) masks[k][i] = shared.own.mask.at(first_to + k * 8 - 8 + pair + i, row);
+            for (int i = 0; i < 2; ++i)
+                masks[k][i] = shared.common.mask.at(first_to + k * 8 - 8 + pair + i, row);
     }
 
     __device__ void load_edge_weights() {
@@ -278,8 +279,8 @@ struct Consumer {
         for (int k = 0; k < 8; ++k)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                reads[k][i] = shared.own.edge.read[k * 8 + pair + i];
-                writes[k][i] = shared.own.edge.write[k * 8 + pair + i];
+                reads[k][i] = shared.common.edge.read[k * 8 + pair + i];
+                writes[k][i] = shared.common.edge.write[k * 8 + pair + i];
             }
     }
 
@@ -309,7 +310,7 @@ struct Consumer {
     __device__ void weigh() {
 #pragma unroll
         for (int n = 0; n < 32; ++n)
-            sums[n] *= SPLIT ? shared.own.edge.read[n / 4 * 8 + pair + n % 2] : reads[n / 4][n % 2];
+            sums[n] *= SPLIT ? shared.common.edge.read[n / 4 * 8 + pair + n % 2] : reads[n / 4][n % 2];
     }
 
     // sums += C^T scores
@@ -336,7 +337,7 @@ struct Consumer {
             c.left_transposed(blocks, j * 16, warp * 16);
 #pragma unroll
             for (int block = 0; block < 4; ++block) {
-                const float* w = SPLIT ? shared.own.edge.write + j * 16 + block / 2 * 8 + pair
+                const float* w = SPLIT ? shared.common.edge.write + j * 16 + block / 2 * 8 + pair
                                        : writes[j * 2 + block / 2];
                 const Halves<E, SPLIT> halves(E::first(blocks[block]) * w[0],
                                               E::second(blocks[block]) * w[1]);
@@ -366,7 +367,7 @@ struct Consumer {
     // Both, with the chunk's share summed up apart. Its common factor comes after the product, so that
     // a single token isn't rounded.
     __device__ void write_apart(Left& added, const Slot& slot, float past) {
-        const float factor = shared.own.walk.decay.all_writes();
+        const float factor = shared.common.walk.decay.all_writes();
         weighted(added, slot);
 #pragma unroll
         for (int p = 0; p < B_DIM / 64; ++p) {
@@ -388,11 +389,11 @@ struct Consumer {
 
     // The last chunk in the scan's order, of fewer tokens.
     __device__ void finish(Left& added, const Slot& slot, int num_rows) {
-        const Decay& decay = shared.own.walk.decay;
+        const Decay& decay = shared.common.walk.decay;
         wait_full(slot);
         sync();  // protects the weights of whole chunks: all warps are done with them
         clear(panels(slot), num_rows);
-        shared.own.edge.set(decay, num_rows, 1.0f, threadIdx.x, NUM_THREADS);
+        shared.common.edge.set(decay, num_rows, 1.0f, threadIdx.x, NUM_THREADS);
         fence_shared();
         sync();  // protects cleared rows and weights
         if constexpr (!SPLIT) load_edge_weights();
@@ -408,7 +409,7 @@ struct Consumer {
             read_scores(slot, 0);
             products_wait<0>();
             keep(sums);
-            store(shared.own.walk.chunks.token(shared.own.walk.chunks.count - 1, CHUNK), num_rows);
+            store(shared.common.walk.chunks.token(shared.common.walk.chunks.count - 1, CHUNK), num_rows);
         }
         write_apart(added, slot, expf(decay.g * num_rows));
     }
@@ -457,7 +458,8 @@ struct Consumer {
 
     __device__ void enter() {
         const int64 size = (int64)B_DIM * all.scan.c_dim;
-        const float* from = entering_state(all.scan.entering[shared.own.walk.back], shared.own.walk.unit, size);
+        const Walk& walk = shared.common.walk;
+        const float* from = entering_state(all.scan.entering[walk.back], walk.unit, size);
         if (!uniform(from != nullptr)) {
 #pragma unroll
             for (int n = 0; n < B_DIM / 2; ++n) state[n] = 0.0f;
@@ -470,7 +472,7 @@ struct Consumer {
 
     __device__ void leave() {
         const ScanParams& params = all.scan;
-        const int kept = uniform(shared.own.walk.unit.final_row);
+        const int kept = uniform(shared.common.walk.unit.final_row);
         if (!params.final_states || kept < 0 || index < params.first_kept) return;
         float* to = params.final_states + kept * ((int64)B_DIM * all.scan.c_dim);
         if (has_keys())

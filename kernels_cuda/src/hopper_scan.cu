@@ -41,7 +41,7 @@ struct HopperScan {
         const int group = uniform(threadIdx.x / 128);
         if (group < CONSUMERS) {
             if constexpr (CONSUMERS == 2) registers_up<240>();
-            shared.own.set(walk, SPLIT ? 1.0f : walk.decay.all_writes(), CONSUMERS * 128);
+            shared.common.set(walk, SPLIT ? 1.0f : walk.decay.all_writes(), CONSUMERS * 128);
             Consumer<E, B_DIM, CONSUMERS, STAGES, SPLIT>(
                 all, course, shared, index, column + group * 64, group).run();
         } else {
